@@ -1,0 +1,2 @@
+//! Manifests in, tables out.
+#![forbid(unsafe_code)]

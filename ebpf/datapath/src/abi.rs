@@ -29,6 +29,9 @@ macro_rules! shared {
     )+};
 }
 
+/// Rows of [`UdpPeers`].
+pub const UDP_PEERS: usize = 4;
+
 /// An IPv6 address in network order, or an IPv4 address mapped into `::ffff:0:0/96`.
 pub type Addr = [u8; 16];
 
@@ -101,7 +104,7 @@ shared! {
     }
     /// Key of `weft_backend`.
     BackendKey = 12 { service: u32, epoch: u32, slot: u32 }
-    /// Value of `weft_backend`, and key of `weft_active` (connections open from this node to a backend).
+    /// Value of `weft_backend`, and key of `weft_active` (how many connections this node has open to it).
     Backend = 20 { addr: Addr, port: u16, pad: u16 }
     /// Where a redirected socket wanted to go. Socket storage of the application's socket (`weft_orig_sk`), and
     /// value of `weft_orig_dst` for the agent.
@@ -119,34 +122,33 @@ shared! {
         backend_port: u16,
         /// One of the `MODE_*` constants in [`crate::connect`].
         mode: u32,
-        /// `BALANCED` when `weft_active` counts this socket.
-        flags: u32,
+        /// Number of the service that was dialled, 0 for none.
+        service: u32,
+        /// Zero.
         pad: u32,
     }
     /// A socket's local end inside one network namespace: key of `weft_orig_dst` and `weft_leg`.
     LocalEnd = 32 { netns_cookie: u64, addr: Addr, port: u16, pad: u16, pad2: u32 }
     /// Value of `weft_leg`: the real client behind a connection that the agent opened to a local application.
     Client = 20 { addr: Addr, port: u16, pad: u16 }
-    /// Key of `weft_udp_peer`: which service address a socket used to reach a backend.
-    UdpPeer = 32 { socket_cookie: u64, backend: Addr, port: u16, pad: u16, pad2: u32 }
-    /// Key of `weft_conntrack`: a flow as its originator sees it, at one workload interface.
+    /// One row of [`UdpPeers`]: replies of `backend` are shown to the application as coming from `service`.
+    UdpPeer = 40 { backend: Addr, service: Addr, backend_port: u16, service_port: u16, pad: u32 }
+    /// Key of `weft_conntrack`: a flow at one workload interface, seen from the workload. Both directions of the flow
+    /// have this one key; [`FlowState`] says who began it.
     FlowKey = 44 {
         ifindex: u32,
-        src: Addr,
-        dst: Addr,
-        src_port: u16,
-        dst_port: u16,
+        own: Addr,
+        peer: Addr,
+        own_port: u16,
+        peer_port: u16,
         protocol: u8,
-        /// [`crate::conntrack::OUT`] when the interface's workload originated the flow, [`crate::conntrack::IN`] when
-        /// its peer did.
-        origin: u8,
-        pad: u16,
+        pad: [u8; 3],
     }
     /// Value of `weft_conntrack`.
     FlowState = 32 {
-        /// Monotonic time of the last packet.
+        /// Monotonic time of a recent packet (at most a second older than the last).
         last_seen_ns: u64,
-        /// Policy revision under which `verdict` was taken.
+        /// Policy revision under which `verdict` was taken; another revision decides again.
         revision: u32,
         /// Identity number of the interface's workload.
         own: u32,
@@ -156,8 +158,8 @@ shared! {
         verdict: u32,
         /// Rule that decided.
         rule: u32,
-        /// Zero.
-        pad: u32,
+        /// [`crate::conntrack::OUT`] when the interface's workload began the flow, [`crate::conntrack::IN`] when its peer did.
+        origin: u32,
     }
     /// Key of `weft_fragment`: a UDP datagram whose first fragment passed in this direction.
     FragmentKey = 44 { ifindex: u32, src: Addr, dst: Addr, id: u32, protocol: u32 }
@@ -165,7 +167,8 @@ shared! {
     MeterKey = 12 { source: u32, destination: u32, direction: u32 }
     /// Value of `weft_meter`, per CPU.
     Meter = 16 { packets: u64, bytes: u64 }
-    /// Key of `weft_tcp`: connections counted by the kernel on the direct path.
+    /// Key of `weft_tcp`: connections counted by the kernel on the direct path; `reporter` is 1 for the source's side
+    /// and 2 for the destination's. Also in socket storage (`weft_tcp_sk`) while the connection lives.
     TcpKey = 16 { source: u32, destination: u32, reporter: u32, service: u32 }
     /// Value of `weft_tcp`, per CPU; bytes are those of the application, added when the connection closes.
     TcpStats = 48 {
@@ -200,6 +203,9 @@ shared! {
         suppressed: u32,
         pad: u32,
     }
+    /// Socket storage `weft_udp_sk`: the services that a UDP socket last spoke to. When all rows are taken the oldest goes,
+    /// and its replies show the backend's own address.
+    UdpPeers = 168 { rows: [UdpPeer; UDP_PEERS], next: u32, pad: u32 }
     /// Value of `weft_rate`, per CPU and reason: a token bucket.
     Rate = 16 { window_start_ns: u64, used: u32, suppressed: u32 }
 }

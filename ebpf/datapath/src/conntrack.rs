@@ -1,1 +1,13 @@
-//! TODO
+//! Connection tracking: one entry per flow and workload interface, whatever the direction of the packet.
+//!
+//! An entry remembers who began the flow, so that a reply is judged as what it is, and the policy revision under which it
+//! was judged, so that a change of policy or of identities (which raises the revision) acts on living flows. Nothing
+//! collects entries: the table is an LRU, and a miss decides again.
+
+/// The workload behind the interface began the flow.
+pub const OUT: u32 = 1;
+/// Its peer did.
+pub const IN: u32 = 2;
+
+/// How stale [`crate::abi::FlowState::last_seen_ns`] may be before a packet refreshes it.
+pub const TOUCH_NS: u64 = 1_000_000_000;

@@ -21,13 +21,16 @@ pub mod config {
     pub const REVISION: u32 = 1;
     /// The next identity number to hand out.
     pub const NEXT_IDENTITY: u32 = 2;
-    /// Feature bits of the running kernel: [`SET_RETVAL`] and the like.
-    pub const FEATURES: u32 = 3;
     /// Length of the array.
     pub const LEN: u32 = 8;
 
-    /// `bpf_set_retval` exists (6.1): a refused connect() says ECONNREFUSED instead of EPERM.
+    /// `bpf_set_retval` exists in sock_addr programs (6.1): a refused connect() says ECONNREFUSED instead of EPERM.
     pub const SET_RETVAL: u32 = 1 << 0;
+    /// `bpf_get_netns_cookie` exists in sock_ops programs (5.15): accepted connections are counted.
+    pub const SOCKOPS_NETNS: u32 = 1 << 1;
+    /// Name of the programs' read-only global that holds the feature bits; the loader sets it, so that the verifier
+    /// never sees calls that this kernel lacks.
+    pub const GLOBAL: &str = "WEFT_FEATURES";
 }
 
 /// Map names, at most 15 bytes. What each holds is said in `ebpf/src/maps.rs`.
@@ -52,7 +55,8 @@ pub mod map {
     pub const ORIG_SK: &str = "weft_orig_sk";
     pub const ORIG_DST: &str = "weft_orig_dst";
     pub const LEG: &str = "weft_leg";
-    pub const UDP_PEER: &str = "weft_udp_peer";
+    pub const UDP_SK: &str = "weft_udp_sk";
+    pub const TCP_SK: &str = "weft_tcp_sk";
     pub const CONNTRACK: &str = "weft_conntrack";
     pub const FRAGMENT: &str = "weft_fragment";
     pub const METER: &str = "weft_meter";

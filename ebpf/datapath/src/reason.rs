@@ -63,16 +63,12 @@ reasons! {
     StorageFull = 18, "storage_full";
     /// A workload wanted to bind one of the agent's ports.
     ReservedPort = 19, "reserved_port";
-    /// The maps carry another ABI number than the program.
-    Abi = 20, "abi";
     /// A workload dialled one of the agent's ports.
-    AgentPort = 21, "agent_port";
-    /// The workload at the other end changed identity since the flow began.
-    StaleIdentity = 22, "stale_identity";
+    AgentPort = 20, "agent_port";
 }
 
 /// Length of the per-reason arrays: one more than the largest number.
-pub const COUNT: u32 = 23;
+pub const COUNT: u32 = 21;
 
 #[cfg(test)]
 mod tests {

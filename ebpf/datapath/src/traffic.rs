@@ -1,1 +1,369 @@
-//! TODO
+//! What happens to a packet on the host side of a workload's veth.
+//!
+//! "From" is the hook that sees what the workload sends, "to" the one that sees what it will receive. The hook on the
+//! receiver's veth takes the policy decision, because only there is the sender known by the interface it came in by; the
+//! hook on the sender's veth keeps the sender honest: its own addresses, no clear text where the tunnel is due, no
+//! traffic of the tunnel port that is not the agent's.
+
+use crate::abi::{Addr, Event, FlowKey, FlowState, FragmentKey, Iface, IfaceAddr, MeterKey};
+use crate::addr::{is_link_local_v6, is_multicast, is_unspecified};
+use crate::connect::TCP;
+use crate::conntrack::{IN, OUT, TOUCH_NS};
+use crate::identity::{ANONYMOUS, NODE};
+use crate::names::TUNNEL_PORT;
+use crate::packet::{ACK, Kind, Packet, Parsed, Piece, SYN, Tuple, parse};
+use crate::policy::{self, ALLOW, Access, DENY, HTTP, Mode};
+use crate::reason::Reason;
+use crate::tables::Tables;
+
+/// [`MeterKey::direction`]: seen on the sender's veth.
+pub const FROM: u32 = 1;
+/// [`MeterKey::direction`]: seen on the receiver's veth.
+pub const TO: u32 = 2;
+
+/// What the TC programs read and write besides [`Tables`].
+pub trait Flows: Tables {
+    /// Whose veth is this?
+    fn iface(&self, ifindex: u32) -> Option<Iface>;
+    /// May the workload behind this interface use this source address?
+    fn owns(&self, key: &IfaceAddr) -> bool;
+    /// Is this an address of the node itself?
+    fn is_node_addr(&self, addr: &Addr) -> bool;
+    /// The tracked state of a flow.
+    fn flow(&self, key: &FlowKey) -> Option<FlowState>;
+    /// Records or replaces it.
+    fn put_flow(&self, key: &FlowKey, state: &FlowState) -> Result<(), Reason>;
+    /// Records that a flow is still in use.
+    fn touch_flow(&self, key: &FlowKey, now_ns: u64);
+    /// Has the first fragment of this datagram passed?
+    fn fragment(&self, key: &FragmentKey) -> bool;
+    /// It has.
+    fn put_fragment(&self, key: &FragmentKey) -> Result<(), Reason>;
+    /// Counts a passing packet.
+    fn meter(&self, key: &MeterKey, bytes: u32) -> Result<(), Reason>;
+}
+
+/// Where a packet was seen.
+#[derive(Clone, Copy, Debug)]
+pub struct Hook {
+    /// The workload's interface.
+    pub ifindex: u32,
+    /// Towards the workload: the interface the packet came in by, 0 for the node's own processes.
+    pub ingress_ifindex: u32,
+    /// [`FROM`] or [`TO`].
+    pub direction: u32,
+    /// From the workload: the packet's socket carries the agent's mark.
+    pub agent: bool,
+    /// Monotonic time.
+    pub now_ns: u64,
+}
+
+/// What a decision works on: per-CPU memory in the kernel, whose stack is small.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Work {
+    parsed: Parsed,
+    key: FlowKey,
+    state: FlowState,
+    /// What to report; filled as far as the facts are known.
+    pub event: Event,
+}
+
+/// Passes or refuses a packet.
+#[inline(always)]
+pub fn decide<T: Flows, P: Packet>(
+    tables: &T,
+    hook: &Hook,
+    packet: &P,
+    work: &mut Work,
+) -> Result<Passed, Reason> {
+    let own = tables.iface(hook.ifindex).ok_or(Reason::NotEnrolled)?;
+    parse(packet, &mut work.parsed)?;
+    describe(work);
+    match work.parsed.kind {
+        Kind::Flow => {
+            let passed = flow(tables, hook, &own, work)?;
+            let (source, destination) = if hook.direction == FROM {
+                (own.identity, work.state.peer)
+            } else {
+                (work.state.peer, own.identity)
+            };
+            tables.meter(&MeterKey { source, destination, direction: hook.direction }, packet.len())?;
+            Ok(passed)
+        }
+        Kind::IcmpError => icmp_error(tables, hook, work),
+        Kind::Arp => {
+            let Tuple { src, dst, .. } = &work.parsed.tuple;
+            // A probe (RFC 5227) has no sender address yet and asks for the one it is about to take.
+            let claimed = if is_unspecified(src) { dst } else { src };
+            from_needs(hook, owns(tables, hook, claimed), Reason::Arp)
+        }
+        Kind::Neighbour => {
+            let Tuple { src, dst, .. } = &work.parsed.tuple;
+            let honest =
+                |addr: &Addr| is_unspecified(addr) || is_link_local_v6(addr) || owns(tables, hook, addr);
+            from_needs(hook, honest(src) && honest(dst), Reason::Icmp)
+        }
+        Kind::Listener => {
+            let src = &work.parsed.src;
+            let honest = is_unspecified(src) || is_link_local_v6(src) || owns(tables, hook, src);
+            from_needs(hook, honest, Reason::SourceAddress)
+        }
+    }
+}
+
+/// A packet that may go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Passed {
+    /// Part of something known, or not a flow.
+    Known,
+    /// The first packet of a flow that its receiver's policy just allowed.
+    Accepted,
+}
+
+/// Who began a flow, as far as a packet shows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Origin {
+    /// The sender of this packet.
+    Sender,
+    /// Its receiver.
+    Receiver,
+}
+
+/// Decides about a TCP, UDP or echo packet. Leaves the flow's state in `work.state` when it may pass.
+#[inline(always)]
+fn flow<T: Flows>(tables: &T, hook: &Hook, own: &Iface, work: &mut Work) -> Result<Passed, Reason> {
+    let from = hook.direction == FROM;
+    let Parsed { tcp_flags, payload, piece, .. } = work.parsed;
+    work.key = key(hook, &work.parsed.tuple);
+    if matches!(piece, Piece::Later) {
+        // It has no ports; its first fragment, which had, was allowed in this direction at this interface.
+        work.state.peer = ANONYMOUS;
+        let known = tables.fragment(&fragment_key(hook, &work.parsed));
+        return if known { Ok(Passed::Known) } else { Err(Reason::Fragment) };
+    }
+    let tcp = work.key.protocol == TCP;
+    let (own_port, peer_port) = (work.key.own_port, work.key.peer_port);
+    let tunnel = tcp && (own_port == TUNNEL_PORT || peer_port == TUNNEL_PORT);
+    let opens = tcp && tcp_flags & (SYN | ACK) == SYN;
+    if from && tunnel && !hook.agent && (payload || opens) {
+        return Err(Reason::TunnelPort);
+    }
+    let revision = tables.revision();
+    let mut known = false;
+    if let Some(state) = tables.flow(&work.key) {
+        known = true;
+        work.state = state;
+        // A SYN against the recorded sense is a new flow on old ports.
+        let against = opens && (state.origin == OUT) != from;
+        if !against && state.revision == revision && state.own == own.identity && proven(tables, hook, work) {
+            describe_flow(own, work);
+            if state.verdict != ALLOW {
+                return Err(refusal(state.verdict));
+            }
+            if hook.now_ns.wrapping_sub(state.last_seen_ns) > TOUCH_NS {
+                tables.touch_flow(&work.key, hook.now_ns);
+            }
+            remember_fragment(tables, hook, &work.parsed)?;
+            return Ok(Passed::Known);
+        }
+    }
+    if !tables.owns(&IfaceAddr { ifindex: hook.ifindex, addr: work.key.own })
+        && (from || !is_multicast(&work.key.own))
+    {
+        return Err(if from { Reason::SourceAddress } else { Reason::UnknownInside });
+    }
+    // Control segments of the tunnel port that no marked socket vouches for belong to a known flow, or to none.
+    if tunnel && !known && !hook.agent && (from || peer_port == TUNNEL_PORT) {
+        return Err(Reason::TunnelPort);
+    }
+    let followed = known && !opens;
+    let mut verdict = if followed {
+        let sender_began = (work.state.origin == OUT) == from;
+        judge(tables, hook, own, work, if sender_began { Origin::Sender } else { Origin::Receiver }, true)
+    } else if tcp && !opens && tcp_flags & SYN != 0 {
+        judge(tables, hook, own, work, Origin::Receiver, false)
+    } else {
+        judge(tables, hook, own, work, Origin::Sender, false)
+    };
+    if verdict.is_err() && tcp && !known && tcp_flags & SYN == 0 {
+        // In the middle of a connection that was forgotten: it may be of either sense.
+        verdict = judge(tables, hook, own, work, Origin::Receiver, false);
+    }
+    work.state.revision = revision;
+    work.state.last_seen_ns = hook.now_ns;
+    describe_flow(own, work);
+    if let Err(reason) = verdict {
+        // A living flow that is no longer allowed keeps its entry, so that its sense is not forgotten. A SYN never
+        // touches the entry of a living flow, or anybody could cut it.
+        if followed {
+            tables.put_flow(&work.key, &work.state)?;
+        }
+        return Err(reason);
+    }
+    tables.put_flow(&work.key, &work.state)?;
+    remember_fragment(tables, hook, &work.parsed)?;
+    Ok(if !known && work.state.origin == IN { Passed::Accepted } else { Passed::Known })
+}
+
+/// The verdict on a flow in the originator's sense, left in `work.state`. `followed`: `work.state` holds what is known of
+/// the flow, including who was verified to have begun it.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn judge<T: Flows>(
+    tables: &T,
+    hook: &Hook,
+    own: &Iface,
+    work: &mut Work,
+    origin: Origin,
+    followed: bool,
+) -> Result<(), Reason> {
+    let from = hook.direction == FROM;
+    let outgoing = matches!(origin, Origin::Sender) == from;
+    let revision = tables.revision();
+    let Work { key, state, .. } = work;
+    // Where the originator wanted to go.
+    let port = if outgoing { key.peer_port } else { key.own_port };
+    let tunnel = key.protocol == TCP && port == TUNNEL_PORT;
+    state.own = own.identity;
+    state.verdict = DENY;
+    state.rule = 0;
+    state.origin = if outgoing { OUT } else { IN };
+    if outgoing {
+        state.peer = ANONYMOUS;
+        match tables.endpoint(&key.peer) {
+            Some(endpoint) => {
+                state.peer = endpoint.identity;
+                let clear = endpoint.ifindex == 0 && !tunnel;
+                if clear && policy::mode(tables, revision & 1, endpoint.identity, port) == Mode::Strict {
+                    return Err(Reason::ClearToStrict);
+                }
+            }
+            None if tables.inside(&key.peer) => return Err(Reason::UnknownInside),
+            None => {}
+        }
+        state.verdict = ALLOW;
+        return Ok(());
+    }
+    if !from {
+        state.peer = sender(tables, hook, &key.peer);
+    } else if !followed {
+        state.peer = owner(tables, &key.peer);
+    }
+    if tunnel {
+        state.verdict = ALLOW; // The agent's listener asks for a certificate and for policy.
+        return Ok(());
+    }
+    let access = Access { source: state.peer, source_addr: key.peer, destination: own.identity, port };
+    let value = policy::decide_in(tables, revision & 1, &access);
+    state.verdict = value.verdict;
+    state.rule = value.rule;
+    if value.verdict == ALLOW { Ok(()) } else { Err(refusal(value.verdict)) }
+}
+
+/// Who sent a packet towards a workload: known by the interface it came in by, never by its address.
+#[inline(always)]
+fn sender<T: Flows>(tables: &T, hook: &Hook, addr: &Addr) -> u32 {
+    if hook.ingress_ifindex == 0 {
+        return if tables.is_node_addr(addr) { NODE } else { ANONYMOUS };
+    }
+    match tables.iface(hook.ingress_ifindex) {
+        Some(iface) => iface.identity,
+        None => ANONYMOUS,
+    }
+}
+
+/// Who owns an address of this node: the receiver of a reply whose forward direction was forgotten.
+#[inline(always)]
+fn owner<T: Flows>(tables: &T, addr: &Addr) -> u32 {
+    match tables.endpoint(addr) {
+        Some(endpoint) if endpoint.ifindex != 0 => endpoint.identity,
+        _ if tables.is_node_addr(addr) => NODE,
+        _ => ANONYMOUS,
+    }
+}
+
+/// Does this packet come from whom the entry says? Only the forward direction of an incoming flow shows that; elsewhere
+/// the entry stands until the revision moves, as it does whenever an address changes hands.
+#[inline(always)]
+fn proven<T: Flows>(tables: &T, hook: &Hook, work: &Work) -> bool {
+    hook.direction == FROM
+        || work.state.origin == OUT
+        || sender(tables, hook, &work.key.peer) == work.state.peer
+}
+
+/// ICMP errors pass when they are about a flow that is tracked and allowed at this interface.
+#[inline(always)]
+fn icmp_error<T: Flows>(tables: &T, hook: &Hook, work: &mut Work) -> Result<Passed, Reason> {
+    from_needs(hook, owns(tables, hook, &work.parsed.src), Reason::SourceAddress)?;
+    // The quoted packet travelled the other way: towards the workload when the workload now complains about it.
+    let opposite = Hook { direction: if hook.direction == FROM { TO } else { FROM }, ..*hook };
+    work.key = key(&opposite, &work.parsed.tuple);
+    match tables.flow(&work.key) {
+        Some(state) if state.verdict == ALLOW => Ok(Passed::Known),
+        _ => Err(Reason::Icmp),
+    }
+}
+
+#[inline(always)]
+fn from_needs(hook: &Hook, condition: bool, reason: Reason) -> Result<Passed, Reason> {
+    if hook.direction == FROM && !condition { Err(reason) } else { Ok(Passed::Known) }
+}
+
+#[inline(always)]
+fn owns<T: Flows>(tables: &T, hook: &Hook, addr: &Addr) -> bool {
+    tables.owns(&IfaceAddr { ifindex: hook.ifindex, addr: *addr })
+}
+
+#[inline(always)]
+fn refusal(verdict: u32) -> Reason {
+    if verdict == HTTP { Reason::NeedsHttp } else { Reason::Policy }
+}
+
+#[inline(always)]
+fn key(hook: &Hook, tuple: &Tuple) -> FlowKey {
+    let (own, peer, own_port, peer_port) = if hook.direction == FROM {
+        (tuple.src, tuple.dst, tuple.src_port, tuple.dst_port)
+    } else {
+        (tuple.dst, tuple.src, tuple.dst_port, tuple.src_port)
+    };
+    FlowKey { ifindex: hook.ifindex, own, peer, own_port, peer_port, protocol: tuple.protocol, pad: [0; 3] }
+}
+
+#[inline(always)]
+fn fragment_key(hook: &Hook, parsed: &Parsed) -> FragmentKey {
+    FragmentKey {
+        ifindex: hook.ifindex,
+        src: parsed.tuple.src,
+        dst: parsed.tuple.dst,
+        id: parsed.id,
+        protocol: u32::from(parsed.tuple.protocol) << 8 | hook.direction,
+    }
+}
+
+#[inline(always)]
+fn remember_fragment<T: Flows>(tables: &T, hook: &Hook, parsed: &Parsed) -> Result<(), Reason> {
+    match parsed.piece {
+        Piece::First => tables.put_fragment(&fragment_key(hook, parsed)),
+        _ => Ok(()),
+    }
+}
+
+/// Names both ends of the packet.
+#[inline(always)]
+fn describe(work: &mut Work) {
+    let Work { parsed, event, .. } = work;
+    event.src = parsed.src;
+    event.dst = parsed.tuple.dst;
+    event.src_port = parsed.tuple.src_port;
+    event.dst_port = parsed.tuple.dst_port;
+    event.protocol = parsed.tuple.protocol;
+}
+
+/// Names both identities in the originator's sense.
+#[inline(always)]
+fn describe_flow(own: &Iface, work: &mut Work) {
+    let Work { state, event, .. } = work;
+    event.rule = state.rule;
+    event.verdict = state.verdict as u8;
+    (event.source, event.destination) =
+        if state.origin == OUT { (own.identity, state.peer) } else { (state.peer, own.identity) };
+}

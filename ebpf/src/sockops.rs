@@ -1,0 +1,178 @@
+//! sockops: hands original destinations to the agent and counts connections of the direct path.
+
+use core::ptr::null_mut;
+
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST, bpf_sock};
+use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_sk_storage_get, bpf_sock_ops_cb_flags_set};
+use weft_datapath::abi::{Backend, LocalEnd, OrigDst, TcpKey, TcpStats};
+use weft_datapath::connect::{MODE_CAPTURE, MODE_DIRECT};
+use weft_datapath::names::config;
+use weft_datapath::reason::Reason;
+use weft_datapath::tables::Tables;
+
+use crate::connect::{is_agent, storage};
+use crate::context::SockOps;
+use crate::features;
+use crate::lookup::{Maps, add};
+use crate::maps;
+use crate::outcome::count;
+
+// include/uapi/linux/bpf.h, include/net/tcp_states.h
+const TCP_CONNECT: u32 = 3;
+const ACTIVE_ESTABLISHED: u32 = 4;
+const PASSIVE_ESTABLISHED: u32 = 5;
+const STATE: u32 = 10;
+const STATE_FLAG: i32 = 1 << 2;
+const TCP_CLOSE: u32 = 7;
+
+const SOURCE: u32 = 1;
+const DESTINATION: u32 = 2;
+
+/// The hook.
+#[inline(always)]
+pub fn sockops(ctx: SockOps) {
+    let op = ctx.op();
+    if op != TCP_CONNECT && op != ACTIVE_ESTABLISHED && op != PASSIVE_ESTABLISHED && op != STATE {
+        return;
+    }
+    let sk = ctx.sk();
+    if sk.is_null() || is_agent(sk) {
+        return;
+    }
+    match op {
+        TCP_CONNECT => connecting(ctx, sk),
+        ACTIVE_ESTABLISHED => active(ctx, sk),
+        PASSIVE_ESTABLISHED => passive(ctx, sk),
+        _ if ctx.new_state() == TCP_CLOSE => closed(ctx, sk),
+        _ => {}
+    }
+}
+
+/// Before the SYN leaves: the source port is known, so the agent can be told where the connection wanted to go.
+#[inline(always)]
+fn connecting(ctx: SockOps, sk: *mut bpf_sock) {
+    let Some(orig) = orig_dst(sk) else { return };
+    watch_state(ctx);
+    if orig.service != 0 {
+        let backend = Backend { addr: orig.backend, port: orig.backend_port, pad: 0 };
+        if let Some(open) = maps::ACTIVE.get_ptr_mut(&backend) {
+            add(open, 1);
+        } else {
+            let _ = maps::ACTIVE.insert(&backend, &1, BPF_NOEXIST.into());
+        }
+    }
+    if orig.mode == MODE_CAPTURE
+        && maps::ORIG_DST.insert(&local_end(ctx, orig), orig, BPF_ANY.into()).is_err()
+    {
+        count(Reason::StorageFull); // The agent finds nothing and resets the connection.
+    }
+}
+
+#[inline(always)]
+fn active(ctx: SockOps, sk: *mut bpf_sock) {
+    let Some(orig) = orig_dst(sk) else { return };
+    if orig.mode == MODE_DIRECT && orig.destination != 0 {
+        let key = TcpKey {
+            source: orig.source,
+            destination: orig.destination,
+            reporter: SOURCE,
+            service: orig.service,
+        };
+        opened(ctx, sk, key);
+    }
+}
+
+/// A connection accepted by a local application from another workload of this node. One that the agent opened to it is
+/// the agent's to count.
+#[inline(always)]
+fn passive(ctx: SockOps, sk: *mut bpf_sock) {
+    if features() & config::SOCKOPS_NETNS == 0 {
+        return;
+    }
+    // SAFETY: the program's context.
+    let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.0.cast()) };
+    let Some(own) = Maps.netns(netns_cookie) else { return };
+    let Some(peer) = Maps.endpoint(&ctx.remote()) else { return };
+    if peer.ifindex == 0 || peer.ifindex == own.ifindex {
+        return;
+    }
+    let key = TcpKey { source: peer.identity, destination: own.identity, reporter: DESTINATION, service: 0 };
+    opened(ctx, sk, key);
+}
+
+#[inline(always)]
+fn opened(ctx: SockOps, sk: *mut bpf_sock, mut key: TcpKey) {
+    if storage(maps::TCP_SK.as_ptr(), sk, &mut key).is_null() {
+        return;
+    }
+    watch_state(ctx);
+    if let Some(stats) = stats(&key) {
+        // SAFETY: a per-CPU value.
+        unsafe { (*stats).opened += 1 };
+    }
+}
+
+#[inline(always)]
+fn closed(ctx: SockOps, sk: *mut bpf_sock) {
+    if let Some(orig) = orig_dst(sk) {
+        if orig.service != 0 {
+            let backend = Backend { addr: orig.backend, port: orig.backend_port, pad: 0 };
+            if let Some(open) = maps::ACTIVE.get_ptr_mut(&backend) {
+                add(open, u64::MAX); // minus one
+            }
+        }
+        if orig.mode == MODE_CAPTURE {
+            // Nothing is left when the agent took it; this is for connections that it never saw.
+            let _ = maps::ORIG_DST.remove(&local_end(ctx, orig));
+        }
+    }
+    // SAFETY: the socket of this call.
+    let key = unsafe { bpf_sk_storage_get(maps::TCP_SK.as_ptr(), sk.cast(), null_mut(), 0) }.cast::<TcpKey>();
+    if key.is_null() {
+        return;
+    }
+    // SAFETY: checked for null.
+    let key = unsafe { *key };
+    if let Some(stats) = stats(&key) {
+        // SAFETY: a per-CPU value.
+        let stats = unsafe { &mut *stats };
+        stats.closed += 1;
+        stats.sent += ctx.bytes_acked();
+        stats.received += ctx.bytes_received();
+        stats.retransmits += ctx.retransmits();
+        stats.srtt_us += ctx.srtt_us();
+    }
+}
+
+#[inline(always)]
+fn stats(key: &TcpKey) -> Option<*mut TcpStats> {
+    if let Some(stats) = maps::TCP.get_ptr_mut(key) {
+        return Some(stats);
+    }
+    let _ = maps::TCP.insert(key, &TcpStats::default(), BPF_NOEXIST.into());
+    let stats = maps::TCP.get_ptr_mut(key);
+    if stats.is_none() {
+        count(Reason::MeterFull);
+    }
+    stats
+}
+
+#[inline(always)]
+fn orig_dst<'a>(sk: *mut bpf_sock) -> Option<&'a OrigDst> {
+    // SAFETY: the socket of this call.
+    let orig =
+        unsafe { bpf_sk_storage_get(maps::ORIG_SK.as_ptr(), sk.cast(), null_mut(), 0) }.cast::<OrigDst>();
+    // SAFETY: null is checked by as_ref; a live value of this type.
+    unsafe { orig.as_ref() }
+}
+
+#[inline(always)]
+fn local_end(ctx: SockOps, orig: &OrigDst) -> LocalEnd {
+    LocalEnd { netns_cookie: orig.netns_cookie, addr: ctx.local(), port: ctx.local_port(), pad: 0, pad2: 0 }
+}
+
+#[inline(always)]
+fn watch_state(ctx: SockOps) {
+    // SAFETY: the program's context.
+    unsafe { bpf_sock_ops_cb_flags_set(ctx.0, STATE_FLAG) };
+}

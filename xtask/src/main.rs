@@ -1,2 +1,40 @@
-//! The project's own commands.
-fn main() {}
+//! The project's own commands, one file each: `cargo xtask COMMAND`.
+//!
+//! Commands compose by calling each other's functions, and CI runs the same ones (`.ci/run`).
+
+mod build_ebpf;
+mod tree;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "The project's own commands", max_term_width = 100)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Build the BPF object that the agent embeds
+    BuildEbpf,
+}
+
+fn main() -> ExitCode {
+    match run(Args::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::BuildEbpf => build_ebpf::run().map(|()| ExitCode::SUCCESS),
+    }
+}

@@ -31,6 +31,11 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
+/// Is there a compiler for BPF?
+pub(crate) fn has_compiler() -> bool {
+    Compiler::find().is_ok()
+}
+
 /// A cargo and rustc that accept `-Z build-std`.
 struct Compiler {
     name: String,
@@ -107,7 +112,7 @@ fn llvm(version: &str) -> Option<u32> {
 }
 
 /// Takes away what the outer cargo, rustup or the user's shell set for the host build.
-fn clean(mut command: Command) -> Command {
+pub(crate) fn clean(mut command: Command) -> Command {
     for (name, _) in env::vars_os() {
         let text = name.to_string_lossy();
         let registry = ["CARGO_HOME", "CARGO_HTTP_", "CARGO_NET_", "CARGO_REGISTR", "CARGO_SOURCE_"];

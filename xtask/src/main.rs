@@ -3,6 +3,9 @@
 //! Commands compose by calling each other's functions, and CI runs the same ones (`.ci/run`).
 
 mod build_ebpf;
+mod lint;
+mod setup;
+mod test;
 mod tree;
 
 use std::process::ExitCode;
@@ -21,6 +24,18 @@ struct Args {
 enum Command {
     /// Build the BPF object that the agent embeds
     BuildEbpf,
+    /// Install what is missing
+    Setup {
+        /// What for; everything when none is named
+        groups: Vec<setup::Group>,
+    },
+    /// Run every test: host, and this kernel (needs root)
+    Test {
+        /// Only tests whose name contains this
+        filter: Option<String>,
+    },
+    /// Check format, clippy, BPF warnings, dependencies, ABI number
+    Lint,
 }
 
 fn main() -> ExitCode {
@@ -36,5 +51,8 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::BuildEbpf => build_ebpf::run().map(|()| ExitCode::SUCCESS),
+        Command::Setup { groups } => setup::run(&groups).map(|()| ExitCode::SUCCESS),
+        Command::Test { filter } => test::run(filter.as_deref()),
+        Command::Lint => lint::run(),
     }
 }

@@ -81,7 +81,13 @@ impl Flows for Maps {
     }
     #[inline(always)]
     fn flow(&self, key: &FlowKey) -> Option<FlowState> {
-        copied!(maps::CONNTRACK, key)
+        let mut state = FlowState::default();
+        let mut found = 0u64;
+        if let Some(entry) = copied!(maps::CONNTRACK, key) {
+            state = entry;
+            found = 1;
+        }
+        if opaque(found) != 0 { Some(state) } else { None }
     }
     #[inline(always)]
     fn put_flow(&self, key: &FlowKey, state: &FlowState) -> Result<(), Reason> {
@@ -119,6 +125,16 @@ impl Flows for Maps {
         }
         Ok(())
     }
+}
+
+/// The same number, but the compiler no longer knows where it comes from. Without it LLVM folds "was it found" and other
+/// conditions into arithmetic on the map value's pointer, which the verifier refuses.
+#[inline(always)]
+fn opaque(number: u64) -> u64 {
+    let mut number = number;
+    // SAFETY: moves a register onto itself.
+    unsafe { core::arch::asm!("{n} = {n}", n = inout(reg) number, options(nomem, nostack, preserves_flags)) };
+    number
 }
 
 /// Adds to a counter that all CPUs share.

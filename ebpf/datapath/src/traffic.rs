@@ -177,17 +177,25 @@ fn flow<T: Flows>(tables: &T, hook: &Hook, own: &Iface, work: &mut Work) -> Resu
         return Err(Reason::TunnelPort);
     }
     let followed = known && !opens;
+    // In the middle of a connection that was forgotten.
+    let forgotten = tcp && !known && tcp_flags & SYN == 0;
     let mut verdict = if followed {
         let sender_began = (work.state.origin == OUT) == from;
-        judge(tables, hook, own, work, if sender_began { Origin::Sender } else { Origin::Receiver }, true)
+        judge(
+            tables,
+            hook,
+            own,
+            work,
+            if sender_began { Origin::Sender } else { Origin::Receiver },
+            How::Followed,
+        )
     } else if tcp && !opens && tcp_flags & SYN != 0 {
-        judge(tables, hook, own, work, Origin::Receiver, false)
+        judge(tables, hook, own, work, Origin::Receiver, How::New)
     } else {
-        judge(tables, hook, own, work, Origin::Sender, false)
+        judge(tables, hook, own, work, Origin::Sender, if forgotten { How::Forgotten } else { How::New })
     };
-    if verdict.is_err() && tcp && !known && tcp_flags & SYN == 0 {
-        // In the middle of a connection that was forgotten: it may be of either sense.
-        verdict = judge(tables, hook, own, work, Origin::Receiver, false);
+    if verdict.is_err() && forgotten {
+        verdict = judge(tables, hook, own, work, Origin::Receiver, How::Forgotten);
     }
     work.state.revision = revision;
     work.state.last_seen_ns = hook.now_ns;
@@ -202,11 +210,21 @@ fn flow<T: Flows>(tables: &T, hook: &Hook, own: &Iface, work: &mut Work) -> Resu
     }
     tables.put_flow(&work.key, &work.state)?;
     remember_fragment(tables, hook, &work.parsed)?;
-    Ok(if !known && work.state.origin == IN { Passed::Accepted } else { Passed::Known })
+    Ok(if !known && !from && work.state.origin == IN { Passed::Accepted } else { Passed::Known })
 }
 
-/// The verdict on a flow in the originator's sense, left in `work.state`. `followed`: `work.state` holds what is known of
-/// the flow, including who was verified to have begun it.
+/// How much is known of a flow that is judged.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// This packet opens it.
+    New,
+    /// `work.state` holds it, including who was verified to have begun it.
+    Followed,
+    /// It was there before, but its entry is gone, and with it who began it.
+    Forgotten,
+}
+
+/// The verdict on a flow in the originator's sense, left in `work.state`.
 #[cfg_attr(target_arch = "bpf", inline(never))]
 fn judge<T: Flows>(
     tables: &T,
@@ -214,7 +232,7 @@ fn judge<T: Flows>(
     own: &Iface,
     work: &mut Work,
     origin: Origin,
-    followed: bool,
+    how: How,
 ) -> Result<(), Reason> {
     let from = hook.direction == FROM;
     let outgoing = matches!(origin, Origin::Sender) == from;
@@ -236,6 +254,19 @@ fn judge<T: Flows>(
                 if clear && policy::mode(tables, revision & 1, endpoint.identity, port) == Mode::Strict {
                     return Err(Reason::ClearToStrict);
                 }
+                // Normally the receiver's veth asks for policy. But when nobody remembers who began the flow, it must
+                // not pass as one that its receiver would have refused to let begin.
+                if matches!(how, How::Forgotten) && endpoint.ifindex != 0 && !tunnel {
+                    let access = Access {
+                        source: own.identity,
+                        source_addr: key.own,
+                        destination: endpoint.identity,
+                        port,
+                    };
+                    if policy::decide_in(tables, revision & 1, &access).verdict != ALLOW {
+                        return Err(Reason::Policy);
+                    }
+                }
             }
             None if tables.inside(&key.peer) => return Err(Reason::UnknownInside),
             None => {}
@@ -245,7 +276,7 @@ fn judge<T: Flows>(
     }
     if !from {
         state.peer = sender(tables, hook, &key.peer);
-    } else if !followed {
+    } else if !matches!(how, How::Followed) {
         state.peer = owner(tables, &key.peer);
     }
     if tunnel {

@@ -22,7 +22,7 @@ pub fn is_v4(addr: &Addr) -> bool {
 #[inline(always)]
 pub fn is_loopback(addr: &Addr) -> bool {
     let (high, low) = halves(addr);
-    high == 0 && (low == 1 || low >> 24 == 0xffff_7f)
+    high == 0 && (low == 1 || low >> 24 == 0x00ff_ff7f)
 }
 
 /// 0.0.0.0 or ::, which connect() takes for "this host".

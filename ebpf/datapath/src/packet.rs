@@ -18,6 +18,7 @@ pub const SYN: u8 = 0x02;
 pub const ACK: u8 = 0x10;
 
 /// Bytes of a frame, starting with its Ethernet header.
+#[expect(clippy::len_without_is_empty, reason = "a frame is never empty")]
 pub trait Packet {
     /// `N` bytes at `offset`; `None` when the frame ends before.
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;

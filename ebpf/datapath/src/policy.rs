@@ -99,10 +99,10 @@ fn row<T: Tables>(tables: &T, key: &mut PolicyKey) -> Option<PolicyValue> {
 #[inline(always)]
 pub fn mode<T: Tables>(tables: &T, bank: u32, destination: u32, port: u16) -> Mode {
     let Some(subject) = tables.subject(bank, destination) else { return Mode::Strict };
-    if subject.flags & PORT_MODES != 0 {
-        if let Some(mode) = tables.port_mode(bank, destination, port) {
-            return Mode::from_table(mode);
-        }
+    if subject.flags & PORT_MODES != 0
+        && let Some(mode) = tables.port_mode(bank, destination, port)
+    {
+        return Mode::from_table(mode);
     }
     Mode::from_table(subject.mode)
 }

@@ -10,17 +10,17 @@ use weft_datapath::reason::Reason;
 use weft_datapath::traffic::{Passed, TO};
 use world::*;
 
-const KNOWN: Result<weft_datapath::traffic::Passed, Reason> = Ok(Passed::Known);
-const ACCEPTED: Result<weft_datapath::traffic::Passed, Reason> = Ok(Passed::Accepted);
+const KNOWN: Result<Passed, Reason> = Ok(Passed::Known);
+const ACCEPTED: Result<Passed, Reason> = Ok(Passed::Accepted);
 
 /// A dials B and both hooks of both veths see the handshake.
 fn connect(world: &World) -> Result<Passed, Reason> {
     let syn = tcp((addr_a(), 4000), (addr_b(), 80), SYN, b"");
-    world.from(IF_A, &syn)?;
-    let accepted = world.to(IF_B, IF_A, &syn)?;
+    world.sends(IF_A, &syn)?;
+    let accepted = world.receives(IF_B, IF_A, &syn)?;
     let syn_ack = tcp((addr_b(), 80), (addr_a(), 4000), SYN_ACK, b"");
-    world.from(IF_B, &syn_ack)?;
-    world.to(IF_A, IF_B, &syn_ack)?;
+    world.sends(IF_B, &syn_ack)?;
+    world.receives(IF_A, IF_B, &syn_ack)?;
     Ok(accepted)
 }
 
@@ -36,10 +36,10 @@ fn an_allowed_flow_passes_all_four_hooks_and_is_metered() {
     let world = World::new();
     allow(&world, A, B);
     assert_eq!(connect(&world), ACCEPTED);
-    assert_eq!(world.from(IF_A, &data_from_a()), KNOWN);
-    assert_eq!(world.to(IF_B, IF_A, &data_from_a()), KNOWN);
-    assert_eq!(world.from(IF_B, &data_from_b()), KNOWN);
-    assert_eq!(world.to(IF_A, IF_B, &data_from_b()), KNOWN);
+    assert_eq!(world.sends(IF_A, &data_from_a()), KNOWN);
+    assert_eq!(world.receives(IF_B, IF_A, &data_from_a()), KNOWN);
+    assert_eq!(world.sends(IF_B, &data_from_b()), KNOWN);
+    assert_eq!(world.receives(IF_A, IF_B, &data_from_b()), KNOWN);
     let bytes = world.meters.borrow()[&MeterKey { source: A, destination: B, direction: TO }];
     assert_eq!(bytes, 54 + 58);
 }
@@ -74,11 +74,11 @@ fn the_sender_is_known_by_its_interface_not_by_its_address() {
     let syn = tcp((addr_a(), 4000), (addr_b(), 80), SYN, b"");
     // A's address from an interface that is not enrolled, from the wire, from the node: anonymous.
     for ingress in [99, UPLINK, 0] {
-        assert_eq!(world.to(IF_B, ingress, &syn), Err(Reason::Policy));
+        assert_eq!(world.receives(IF_B, ingress, &syn), Err(Reason::Policy));
     }
     // Even in the middle of A's own living flow.
     assert_eq!(connect(&world), ACCEPTED);
-    assert_eq!(world.to(IF_B, 99, &data_from_a()), Err(Reason::Policy));
+    assert_eq!(world.receives(IF_B, 99, &data_from_a()), Err(Reason::Policy));
 }
 
 #[test]
@@ -86,9 +86,9 @@ fn a_workload_sends_from_its_own_addresses_only() {
     let world = World::new();
     allow(&world, A, B);
     let forged = tcp((addr_a(), 4000), (addr_remote(), 80), SYN, b"");
-    assert_eq!(world.from(IF_B, &forged), Err(Reason::SourceAddress));
+    assert_eq!(world.sends(IF_B, &forged), Err(Reason::SourceAddress));
     let forged = tcp((v4([10, 9, 9, 9]), 4000), (outside(), 80), SYN, b"");
-    assert_eq!(world.from(IF_A, &forged), Err(Reason::SourceAddress));
+    assert_eq!(world.sends(IF_A, &forged), Err(Reason::SourceAddress));
 }
 
 #[test]
@@ -98,11 +98,11 @@ fn replies_belong_to_their_originator() {
     assert_eq!(connect(&world), ACCEPTED);
     // B may answer A, but may not open a connection of its own.
     let syn = tcp((addr_b(), 5000), (addr_a(), 80), SYN, b"");
-    assert_eq!(world.from(IF_B, &syn), KNOWN);
-    assert_eq!(world.to(IF_A, IF_B, &syn), Err(Reason::Policy));
+    assert_eq!(world.sends(IF_B, &syn), KNOWN);
+    assert_eq!(world.receives(IF_A, IF_B, &syn), Err(Reason::Policy));
     // Nor by a SYN-ACK to a port that never asked: that is judged as A's flow to B, and the other way round.
     let syn_ack = tcp((addr_a(), 6000), (addr_b(), 5000), SYN_ACK, b"");
-    assert_eq!(world.from(IF_A, &syn_ack), Err(Reason::Policy));
+    assert_eq!(world.sends(IF_A, &syn_ack), Err(Reason::Policy));
 }
 
 #[test]
@@ -112,11 +112,11 @@ fn a_revocation_cuts_a_living_flow_in_both_directions() {
     allow(&world, B, A); // The reverse sense stays allowed and must not save the flow.
     assert_eq!(connect(&world), ACCEPTED);
     world.publish(|world| world.rule(A, B, 0, DENY));
-    assert_eq!(world.to(IF_B, IF_A, &data_from_a()), Err(Reason::Policy));
-    assert_eq!(world.from(IF_B, &data_from_b()), Err(Reason::Policy));
+    assert_eq!(world.receives(IF_B, IF_A, &data_from_a()), Err(Reason::Policy));
+    assert_eq!(world.sends(IF_B, &data_from_b()), Err(Reason::Policy));
     // And it comes back when the rule does.
     world.publish(|world| world.rule(A, B, 0, ALLOW));
-    assert_eq!(world.to(IF_B, IF_A, &data_from_a()), KNOWN);
+    assert_eq!(world.receives(IF_B, IF_A, &data_from_a()), KNOWN);
 }
 
 #[test]
@@ -129,7 +129,7 @@ fn a_bank_is_switched_as_a_whole() {
     let key =
         weft_datapath::abi::PolicyKey { bank: next, destination: B, source: A, class: 0, port: 0, pad: 0 };
     world.policy.borrow_mut().insert(key, weft_datapath::abi::PolicyValue { verdict: DENY, rule: 0 });
-    assert_eq!(world.to(IF_B, IF_A, &data_from_a()), KNOWN);
+    assert_eq!(world.receives(IF_B, IF_A, &data_from_a()), KNOWN);
     assert_eq!(connect(&world), KNOWN);
 }
 
@@ -139,8 +139,20 @@ fn a_syn_cannot_cut_a_living_flow() {
     allow(&world, A, B);
     assert_eq!(connect(&world), ACCEPTED);
     let forged = tcp((addr_a(), 4000), (addr_b(), 80), SYN, b"");
-    assert_eq!(world.to(IF_B, UPLINK, &forged), Err(Reason::Policy));
-    assert_eq!(world.to(IF_B, IF_A, &data_from_a()), KNOWN);
+    assert_eq!(world.receives(IF_B, UPLINK, &forged), Err(Reason::Policy));
+    assert_eq!(world.receives(IF_B, IF_A, &data_from_a()), KNOWN);
+}
+
+#[test]
+fn a_syn_against_the_sense_of_a_flow_is_a_new_flow() {
+    let world = World::new();
+    allow(&world, A, B);
+    assert_eq!(connect(&world), ACCEPTED);
+    let backwards = tcp((addr_b(), 80), (addr_a(), 4000), SYN, b"");
+    assert_eq!(world.receives(IF_A, IF_B, &backwards), Err(Reason::Policy));
+    assert_eq!(world.receives(IF_A, UPLINK, &backwards), Err(Reason::Policy));
+    // And the living flow is still A's.
+    assert_eq!(world.receives(IF_A, IF_B, &data_from_b()), KNOWN);
 }
 
 #[test]
@@ -149,14 +161,14 @@ fn a_forgotten_flow_is_decided_again() {
     allow(&world, A, B);
     assert_eq!(connect(&world), ACCEPTED);
     world.flows.borrow_mut().clear();
-    assert_eq!(world.to(IF_B, IF_A, &data_from_a()), ACCEPTED);
+    assert_eq!(world.receives(IF_B, IF_A, &data_from_a()), ACCEPTED);
     world.flows.borrow_mut().clear();
-    assert_eq!(world.from(IF_B, &data_from_b()), KNOWN);
+    assert_eq!(world.sends(IF_B, &data_from_b()), KNOWN);
     world.flows.borrow_mut().clear();
     world.publish(|world| world.rule(A, B, 0, DENY));
-    assert_eq!(world.to(IF_B, IF_A, &data_from_a()), Err(Reason::Policy));
-    assert_eq!(world.from(IF_B, &data_from_b()), Err(Reason::Policy));
-    assert_eq!(world.to(IF_A, IF_B, &data_from_b()), Err(Reason::Policy));
+    assert_eq!(world.receives(IF_B, IF_A, &data_from_a()), Err(Reason::Policy));
+    assert_eq!(world.sends(IF_B, &data_from_b()), Err(Reason::Policy));
+    assert_eq!(world.receives(IF_A, IF_B, &data_from_b()), Err(Reason::Policy));
 }
 
 #[test]
@@ -165,7 +177,11 @@ fn an_identity_that_changes_hands_ends_the_flow() {
     allow(&world, A, B);
     assert_eq!(connect(&world), ACCEPTED);
     world.ifaces.borrow_mut().get_mut(&IF_A).unwrap().identity = 40;
-    assert_eq!(world.to(IF_B, IF_A, &data_from_a()), Err(Reason::Policy));
+    assert_eq!(world.receives(IF_B, IF_A, &data_from_a()), Err(Reason::Policy));
+    world.ifaces.borrow_mut().get_mut(&IF_A).unwrap().identity = A;
+    assert_eq!(world.receives(IF_B, IF_A, &data_from_a()), KNOWN);
+    world.ifaces.borrow_mut().get_mut(&IF_B).unwrap().identity = 41;
+    assert_eq!(world.receives(IF_B, IF_A, &data_from_a()), Err(Reason::Policy));
 }
 
 #[test]
@@ -175,17 +191,17 @@ fn the_tunnel_port_needs_the_agents_mark() {
     let data = tcp((addr_a(), 4000), (addr_remote(), 15008), ACK, b"x");
     let ack = tcp((addr_a(), 4000), (addr_remote(), 15008), ACK, b"");
     for packet in [&syn, &data, &ack] {
-        assert_eq!(world.from(IF_A, packet), Err(Reason::TunnelPort));
+        assert_eq!(world.sends(IF_A, packet), Err(Reason::TunnelPort));
     }
-    assert_eq!(world.from_agent(IF_A, &syn), KNOWN);
+    assert_eq!(world.agent_sends(IF_A, &syn), KNOWN);
     // Now the flow is known: control segments without a socket pass, data without a mark does not.
-    assert_eq!(world.from(IF_A, &ack), KNOWN);
-    assert_eq!(world.from(IF_A, &data), Err(Reason::TunnelPort));
-    assert_eq!(world.from_agent(IF_A, &data), KNOWN);
+    assert_eq!(world.sends(IF_A, &ack), KNOWN);
+    assert_eq!(world.sends(IF_A, &data), Err(Reason::TunnelPort));
+    assert_eq!(world.agent_sends(IF_A, &data), KNOWN);
     let reply = tcp((addr_remote(), 15008), (addr_a(), 4000), ACK, b"x");
-    assert_eq!(world.to(IF_A, UPLINK, &reply), KNOWN);
+    assert_eq!(world.receives(IF_A, UPLINK, &reply), KNOWN);
     let stray = tcp((addr_remote(), 15008), (addr_a(), 4001), ACK, b"x");
-    assert_eq!(world.to(IF_A, UPLINK, &stray), Err(Reason::TunnelPort));
+    assert_eq!(world.receives(IF_A, UPLINK, &stray), Err(Reason::TunnelPort));
 }
 
 #[test]
@@ -194,11 +210,11 @@ fn a_server_on_the_tunnel_port_is_the_agents() {
     let syn = tcp((addr_remote(), 4000), (addr_b(), 15008), SYN, b"");
     let syn_ack = tcp((addr_b(), 15008), (addr_remote(), 4000), SYN_ACK, b"");
     let data = tcp((addr_b(), 15008), (addr_remote(), 4000), ACK, b"x");
-    assert_eq!(world.from(IF_B, &syn_ack), Err(Reason::TunnelPort));
-    assert_eq!(world.to(IF_B, UPLINK, &syn), ACCEPTED);
-    assert_eq!(world.from(IF_B, &syn_ack), KNOWN);
-    assert_eq!(world.from(IF_B, &data), Err(Reason::TunnelPort));
-    assert_eq!(world.from_agent(IF_B, &data), KNOWN);
+    assert_eq!(world.sends(IF_B, &syn_ack), Err(Reason::TunnelPort));
+    assert_eq!(world.receives(IF_B, UPLINK, &syn), ACCEPTED);
+    assert_eq!(world.sends(IF_B, &syn_ack), KNOWN);
+    assert_eq!(world.sends(IF_B, &data), Err(Reason::TunnelPort));
+    assert_eq!(world.agent_sends(IF_B, &data), KNOWN);
 }
 
 #[test]
@@ -206,16 +222,16 @@ fn clear_traffic_to_another_node_needs_a_port_that_is_not_strict() {
     let world = World::new();
     let syn = tcp((addr_a(), 4000), (addr_remote(), 80), SYN, b"");
     let datagram = udp((addr_a(), 4000), (addr_remote(), 53), b"query");
-    assert_eq!(world.from(IF_A, &syn), Err(Reason::ClearToStrict));
-    assert_eq!(world.from(IF_A, &datagram), Err(Reason::ClearToStrict));
+    assert_eq!(world.sends(IF_A, &syn), Err(Reason::ClearToStrict));
+    assert_eq!(world.sends(IF_A, &datagram), Err(Reason::ClearToStrict));
     let echo = ip(addr_a(), addr_remote(), 1, &[8, 0, 0, 0, 0, 9, 0, 1]);
-    assert_eq!(world.from(IF_A, &echo), Err(Reason::ClearToStrict));
+    assert_eq!(world.sends(IF_A, &echo), Err(Reason::ClearToStrict));
     world.mode(REMOTE, Mode::Disable);
-    assert_eq!(world.from(IF_A, &syn), KNOWN);
-    assert_eq!(world.from(IF_A, &datagram), KNOWN);
+    assert_eq!(world.sends(IF_A, &syn), KNOWN);
+    assert_eq!(world.sends(IF_A, &datagram), KNOWN);
     world.mode(REMOTE, Mode::Permissive);
-    assert_eq!(world.from(IF_A, &udp((addr_a(), 4001), (addr_remote(), 53), b"q")), KNOWN);
-    assert_eq!(world.from(IF_A, &tcp((addr_a(), 4000), (outside(), 80), SYN, b"")), KNOWN);
+    assert_eq!(world.sends(IF_A, &udp((addr_a(), 4001), (addr_remote(), 53), b"q")), KNOWN);
+    assert_eq!(world.sends(IF_A, &tcp((addr_a(), 4000), (outside(), 80), SYN, b"")), KNOWN);
 }
 
 #[test]
@@ -224,7 +240,7 @@ fn an_unknown_address_inside_the_mesh_is_refused() {
     let unknown = v4([10, 77, 5, 5]);
     world.inside.borrow_mut().insert(unknown);
     let syn = tcp((addr_a(), 4000), (unknown, 80), SYN, b"");
-    assert_eq!(world.from(IF_A, &syn), Err(Reason::UnknownInside));
+    assert_eq!(world.sends(IF_A, &syn), Err(Reason::UnknownInside));
 }
 
 #[test]
@@ -234,7 +250,7 @@ fn kernel_verified_identity_satisfies_strict_and_the_wire_does_not() {
     world.rule(ANONYMOUS, B, 0, DENY); // as the compiler writes STRICT
     assert_eq!(connect(&world), ACCEPTED);
     let syn = tcp((outside(), 4000), (addr_b(), 80), SYN, b"");
-    assert_eq!(world.to(IF_B, UPLINK, &syn), Err(Reason::Policy));
+    assert_eq!(world.receives(IF_B, UPLINK, &syn), Err(Reason::Policy));
 }
 
 #[test]
@@ -243,12 +259,12 @@ fn the_node_is_an_identity_of_its_own() {
     world.rule(NODE, B, 8080, ALLOW);
     world.rule(NODE, B, 0, DENY);
     let probe = tcp((addr_node(), 4000), (addr_b(), 8080), SYN, b"");
-    assert_eq!(world.to(IF_B, 0, &probe), ACCEPTED);
+    assert_eq!(world.receives(IF_B, 0, &probe), ACCEPTED);
     let other = tcp((addr_node(), 4000), (addr_b(), 80), SYN, b"");
-    assert_eq!(world.to(IF_B, 0, &other), Err(Reason::Policy));
+    assert_eq!(world.receives(IF_B, 0, &other), Err(Reason::Policy));
     // The node's address, but from a wire.
     assert_eq!(
-        world.to(IF_B, UPLINK, &tcp((addr_node(), 4001), (addr_b(), 8080), SYN, b"")),
+        world.receives(IF_B, UPLINK, &tcp((addr_node(), 4001), (addr_b(), 8080), SYN, b"")),
         Err(Reason::Policy)
     );
 }
@@ -267,7 +283,7 @@ fn port_rows_win_over_the_row_for_any_port() {
     world.rule(A, B, 0, DENY);
     assert_eq!(connect(&world), ACCEPTED);
     let other = tcp((addr_a(), 4000), (addr_b(), 81), SYN, b"");
-    assert_eq!(world.to(IF_B, IF_A, &other), Err(Reason::Policy));
+    assert_eq!(world.receives(IF_B, IF_A, &other), Err(Reason::Policy));
 }
 
 #[test]
@@ -275,9 +291,9 @@ fn udp_is_stateful() {
     let world = World::new();
     let query = udp((addr_a(), 4000), (outside(), 53), b"query");
     let answer = udp((outside(), 53), (addr_a(), 4000), b"answer");
-    assert_eq!(world.to(IF_A, UPLINK, &answer), Err(Reason::Policy));
-    assert_eq!(world.from(IF_A, &query), KNOWN);
-    assert_eq!(world.to(IF_A, UPLINK, &answer), KNOWN);
+    assert_eq!(world.receives(IF_A, UPLINK, &answer), Err(Reason::Policy));
+    assert_eq!(world.sends(IF_A, &query), KNOWN);
+    assert_eq!(world.receives(IF_A, UPLINK, &answer), KNOWN);
 }
 
 #[test]
@@ -290,13 +306,17 @@ fn fragments() {
     };
     let datagram = udp((addr_a(), 4000), (outside(), 53), &[0; 64]);
     let later = fragment(&datagram, 0x0008);
-    assert_eq!(world.from(IF_A, &later), Err(Reason::Fragment));
-    assert_eq!(world.from(IF_A, &fragment(&datagram, 0x2000)), KNOWN);
-    assert_eq!(world.from(IF_A, &later), KNOWN);
-    assert_eq!(world.to(IF_A, UPLINK, &later), Err(Reason::Fragment), "the other direction proves nothing");
+    assert_eq!(world.sends(IF_A, &later), Err(Reason::Fragment));
+    assert_eq!(world.sends(IF_A, &fragment(&datagram, 0x2000)), KNOWN);
+    assert_eq!(world.sends(IF_A, &later), KNOWN);
+    assert_eq!(
+        world.receives(IF_A, UPLINK, &later),
+        Err(Reason::Fragment),
+        "the other direction proves nothing"
+    );
     let segment = tcp((addr_a(), 4000), (outside(), 80), SYN, b"");
-    assert_eq!(world.from(IF_A, &fragment(&segment, 0x2000)), Err(Reason::Fragment));
-    assert_eq!(world.from(IF_A, &fragment(&segment, 0x0008)), Err(Reason::Fragment));
+    assert_eq!(world.sends(IF_A, &fragment(&segment, 0x2000)), Err(Reason::Fragment));
+    assert_eq!(world.sends(IF_A, &fragment(&segment, 0x0008)), Err(Reason::Fragment));
 }
 
 #[test]
@@ -304,21 +324,21 @@ fn options_extension_headers_and_odd_protocols() {
     let world = World::new();
     let mut options = tcp((addr_a(), 4000), (outside(), 80), SYN, b"");
     options.0[14] = 0x46;
-    assert_eq!(world.from(IF_A, &options), Err(Reason::IpOptions));
+    assert_eq!(world.sends(IF_A, &options), Err(Reason::IpOptions));
     let mut six = [0u8; 16];
     six[0] = 0xfd;
     world.owned.borrow_mut().insert(IfaceAddr { ifindex: IF_A, addr: six });
     let mut there = six;
     there[15] = 9;
-    assert_eq!(world.from(IF_A, &ip(six, there, 0, &[6, 0, 0, 0, 0, 0, 0, 0, 0])), Err(Reason::IpOptions));
-    assert_eq!(world.from(IF_A, &ip(six, there, 60, &[6, 0, 0, 0, 0, 0, 0, 0])), Err(Reason::Protocol));
-    assert_eq!(world.from(IF_A, &ip(addr_a(), outside(), 47, &[0; 8])), Err(Reason::Protocol));
-    assert_eq!(world.from(IF_A, &Frame(vec![0; 13])), Err(Reason::Malformed));
+    assert_eq!(world.sends(IF_A, &ip(six, there, 0, &[6, 0, 0, 0, 0, 0, 0, 0, 0])), Err(Reason::IpOptions));
+    assert_eq!(world.sends(IF_A, &ip(six, there, 60, &[6, 0, 0, 0, 0, 0, 0, 0])), Err(Reason::Protocol));
+    assert_eq!(world.sends(IF_A, &ip(addr_a(), outside(), 47, &[0; 8])), Err(Reason::Protocol));
+    assert_eq!(world.sends(IF_A, &Frame(vec![0; 13])), Err(Reason::Malformed));
     let mut vlan = tcp((addr_a(), 4000), (outside(), 80), SYN, b"");
     vlan.0[12..14].copy_from_slice(&[0x81, 0x00]);
-    assert_eq!(world.from(IF_A, &vlan), Err(Reason::EtherType));
+    assert_eq!(world.sends(IF_A, &vlan), Err(Reason::EtherType));
     // Multicast listener discovery behind a router alert is how IPv6 works.
-    assert_eq!(world.from(IF_A, &ip(six, there, 0, &[58, 0, 5, 2, 0, 0, 1, 0, 143])), KNOWN);
+    assert_eq!(world.sends(IF_A, &ip(six, there, 0, &[58, 0, 5, 2, 0, 0, 1, 0, 143])), KNOWN);
 }
 
 #[test]
@@ -338,9 +358,9 @@ fn neighbour_discovery_and_arp_speak_for_themselves_only() {
         frame.0[21] = hops;
         frame
     };
-    assert_eq!(world.from(IF_A, &advertise(six(1), 255)), KNOWN);
-    assert_eq!(world.from(IF_A, &advertise(six(2), 255)), Err(Reason::Icmp));
-    assert_eq!(world.from(IF_A, &advertise(six(1), 64)), Err(Reason::Icmp));
+    assert_eq!(world.sends(IF_A, &advertise(six(1), 255)), KNOWN);
+    assert_eq!(world.sends(IF_A, &advertise(six(2), 255)), Err(Reason::Icmp));
+    assert_eq!(world.sends(IF_A, &advertise(six(1), 64)), Err(Reason::Icmp));
     let arp = |sender: [u8; 4], target: [u8; 4]| {
         let mut frame = vec![0u8; 12];
         frame.extend([0x08, 0x06, 0, 1, 8, 0, 6, 4, 0, 2]);
@@ -350,9 +370,9 @@ fn neighbour_discovery_and_arp_speak_for_themselves_only() {
         frame.extend(target);
         Frame(frame)
     };
-    assert_eq!(world.from(IF_A, &arp([10, 77, 1, 2], [10, 77, 1, 1])), KNOWN);
-    assert_eq!(world.from(IF_A, &arp([10, 77, 1, 3], [10, 77, 1, 1])), Err(Reason::Arp));
-    assert_eq!(world.from(IF_A, &arp([0; 4], [10, 77, 1, 2])), KNOWN);
+    assert_eq!(world.sends(IF_A, &arp([10, 77, 1, 2], [10, 77, 1, 1])), KNOWN);
+    assert_eq!(world.sends(IF_A, &arp([10, 77, 1, 3], [10, 77, 1, 1])), Err(Reason::Arp));
+    assert_eq!(world.sends(IF_A, &arp([0; 4], [10, 77, 1, 2])), KNOWN);
 }
 
 #[test]
@@ -364,11 +384,11 @@ fn icmp_errors_are_about_tracked_flows() {
         body.extend(&quoted.0[14..42]);
         ip(outside(), addr_a(), 1, &body)
     };
-    assert_eq!(world.to(IF_A, UPLINK, &error(&query)), Err(Reason::Icmp));
-    assert_eq!(world.from(IF_A, &query), KNOWN);
-    assert_eq!(world.to(IF_A, UPLINK, &error(&query)), KNOWN);
+    assert_eq!(world.receives(IF_A, UPLINK, &error(&query)), Err(Reason::Icmp));
+    assert_eq!(world.sends(IF_A, &query), KNOWN);
+    assert_eq!(world.receives(IF_A, UPLINK, &error(&query)), KNOWN);
     let other = udp((addr_a(), 4001), (outside(), 53), b"query");
-    assert_eq!(world.to(IF_A, UPLINK, &error(&other)), Err(Reason::Icmp));
+    assert_eq!(world.receives(IF_A, UPLINK, &error(&other)), Err(Reason::Icmp));
 }
 
 #[test]
@@ -377,11 +397,11 @@ fn echo_follows_policy_and_its_reply_the_request() {
     allow(&world, A, B);
     let request = ip(addr_a(), addr_b(), 1, &[8, 0, 0, 0, 0, 9, 0, 1]);
     let reply = ip(addr_b(), addr_a(), 1, &[0, 0, 0, 0, 0, 9, 0, 1]);
-    assert_eq!(world.to(IF_A, IF_B, &reply), Err(Reason::Policy));
-    assert_eq!(world.from(IF_A, &request), KNOWN);
-    assert_eq!(world.to(IF_B, IF_A, &request), ACCEPTED);
-    assert_eq!(world.from(IF_B, &reply), KNOWN);
-    assert_eq!(world.to(IF_A, IF_B, &reply), KNOWN);
+    assert_eq!(world.receives(IF_A, IF_B, &reply), Err(Reason::Policy));
+    assert_eq!(world.sends(IF_A, &request), KNOWN);
+    assert_eq!(world.receives(IF_B, IF_A, &request), ACCEPTED);
+    assert_eq!(world.sends(IF_B, &reply), KNOWN);
+    assert_eq!(world.receives(IF_A, IF_B, &reply), KNOWN);
 }
 
 #[test]
@@ -394,5 +414,5 @@ fn an_address_not_of_the_interface_is_not_delivered() {
         .borrow_mut()
         .insert(stray, Endpoint { identity: B, ifindex: IF_B, ..Endpoint::default() });
     let syn = tcp((addr_a(), 4000), (stray, 80), SYN, b"");
-    assert_eq!(world.to(IF_B, IF_A, &syn), Err(Reason::UnknownInside));
+    assert_eq!(world.receives(IF_B, IF_A, &syn), Err(Reason::UnknownInside));
 }

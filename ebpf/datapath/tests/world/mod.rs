@@ -103,15 +103,15 @@ impl World {
         change(self);
     }
 
-    pub fn from(&self, ifindex: u32, frame: &Frame) -> Result<Passed, Reason> {
+    pub fn sends(&self, ifindex: u32, frame: &Frame) -> Result<Passed, Reason> {
         self.hook(ifindex, 0, FROM, frame, false)
     }
 
-    pub fn from_agent(&self, ifindex: u32, frame: &Frame) -> Result<Passed, Reason> {
+    pub fn agent_sends(&self, ifindex: u32, frame: &Frame) -> Result<Passed, Reason> {
         self.hook(ifindex, 0, FROM, frame, true)
     }
 
-    pub fn to(&self, ifindex: u32, ingress: u32, frame: &Frame) -> Result<Passed, Reason> {
+    pub fn receives(&self, ifindex: u32, ingress: u32, frame: &Frame) -> Result<Passed, Reason> {
         self.hook(ifindex, ingress, TO, frame, false)
     }
 

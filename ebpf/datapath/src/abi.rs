@@ -11,8 +11,16 @@ pub const ABI: u32 = 1;
 /// Marks a type that may be copied byte by byte between kernel and agent.
 ///
 /// # Safety
-/// The type must be `repr(C)`, have no padding bytes and accept any bit pattern. Only [`shared!`] implements it.
+/// The type must be `repr(C)`, have no padding bytes and accept any bit pattern. Only [`shared!`] implements it for
+/// structs.
 pub unsafe trait Shared: Copy + 'static {}
+
+// SAFETY: integers and byte arrays have no padding and accept any bit pattern.
+unsafe impl Shared for u32 {}
+// SAFETY: as above.
+unsafe impl Shared for u64 {}
+// SAFETY: as above.
+unsafe impl<const N: usize> Shared for [u8; N] {}
 
 macro_rules! shared {
     ($($(#[$meta:meta])* $name:ident = $size:literal { $($(#[$fmeta:meta])* $field:ident : $ty:ty),+ $(,)? })+) => {$(

@@ -1,3 +1,4 @@
 //! The node agent.
 
 pub mod identity;
+pub mod kernel;

@@ -30,7 +30,7 @@ pub(crate) enum Group {
 /// A program and the Debian package that has it.
 type Program = (&'static str, &'static str);
 
-const BUILD: &[Program] = &[("cc", "gcc"), ("git", "git")];
+const BUILD: &[Program] = &[("cc", "gcc")];
 const TEST: &[Program] = &[("ip", "iproute2"), ("tcpdump", "tcpdump")];
 const DEMO: &[Program] = &[
     ("ip", "iproute2"),

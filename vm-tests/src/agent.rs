@@ -19,7 +19,7 @@ use crate::process::{Process, binary};
 
 /// How long a start may take, in a slow VM too.
 const START: Duration = Duration::from_secs(60);
-const METRICS: &str = "127.0.0.1:15020";
+const METRICS_PORT: u16 = 15020;
 const CA_PORT: u16 = 15012;
 
 /// A CA that serves on a node's own address.
@@ -86,6 +86,7 @@ pub struct Agent {
     netns: PathBuf,
     log: PathBuf,
     socket: PathBuf,
+    metrics: String,
 }
 
 impl Agent {
@@ -105,6 +106,7 @@ impl Agent {
     pub fn launch(node: &Node, manifests: &Manifests, ca: &Ca, more: &[&str]) -> Agent {
         let (log, socket) = (node.dir().join("agent.log"), node.dir().join("agent.sock"));
         let token = ca.token(node.name());
+        let metrics = format!("{}:{METRICS_PORT}", node.v4());
         let given = [
             ("--node", node.name().to_owned()),
             ("--manifests", text(manifests.path())),
@@ -114,7 +116,7 @@ impl Agent {
             ("--state-dir", text(&node.dir().join("state"))),
             ("--bpffs", text(&node.bpffs().join("weft"))),
             ("--cgroup", text(node.cgroup())),
-            ("--metrics", METRICS.to_owned()),
+            ("--metrics", metrics.clone()),
             ("--admin-socket", text(&socket)),
             ("--log", std::env::var("WEFT_LOG").unwrap_or_else(|_| "info".to_owned())),
         ];
@@ -122,7 +124,7 @@ impl Agent {
         args.extend(given.iter().flat_map(|(name, value)| [*name, value.as_str()]));
         args.extend(more);
         let process = Process::spawn(&node.place("agent"), &binary("weft"), &args, Some(log_file(&log)));
-        Agent { process, netns: node.netns().path(), log, socket }
+        Agent { process, netns: node.netns().path(), log, socket, metrics }
     }
 
     /// Waits for readiness, or panics with the agent's log.
@@ -139,12 +141,14 @@ impl Agent {
 
     /// Is it ready now?
     pub fn ready(&self, netns: &Netns) -> bool {
-        netns.inside(|| http_get("/ready")).is_some_and(|(status, _)| status == 200)
+        let addr = self.metrics.as_str();
+        netns.inside(|| http_get(addr, "/ready")).is_some_and(|(status, _)| status == 200)
     }
 
     /// The text of its metrics.
     pub fn metrics(&self, netns: &Netns) -> String {
-        netns.inside(|| http_get("/metrics")).expect("the agent serves metrics").1
+        let addr = self.metrics.as_str();
+        netns.inside(|| http_get(addr, "/metrics")).expect("the agent serves metrics").1
     }
 
     /// The sum of all samples of `name` whose labels contain each of `labels`.
@@ -163,6 +167,16 @@ impl Agent {
     /// Its log so far.
     pub fn log(&self) -> String {
         read(&self.log)
+    }
+
+    /// The file of its log.
+    pub fn log_path(&self) -> &Path {
+        &self.log
+    }
+
+    /// Where it serves metrics: the node's own address, which other nodes reach.
+    pub fn metrics_address(&self) -> &str {
+        &self.metrics
     }
 
     /// Its process id.
@@ -235,8 +249,8 @@ pub fn wait_until(timeout: Duration, mut done: impl FnMut() -> bool) -> bool {
 }
 
 /// Status and body, in the namespace of the calling thread.
-fn http_get(path: &str) -> Option<(u16, String)> {
-    let mut conn = TcpStream::connect(METRICS).ok()?;
+fn http_get(addr: &str, path: &str) -> Option<(u16, String)> {
+    let mut conn = TcpStream::connect(addr).ok()?;
     conn.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
     write!(conn, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").ok()?;
     let mut answer = String::new();

@@ -67,7 +67,7 @@ fn orphans(dir: &Path) -> Vec<PathBuf> {
 }
 
 /// Removes what dead runs left: processes first (through their cgroups), then mounts, namespaces, directories.
-fn sweep() {
+pub fn sweep() {
     if let Some(root) = cgroup::mount() {
         for path in orphans(&root) {
             cgroup::remove(&path);

@@ -1,4 +1,5 @@
 //! The node agent.
 
+pub mod ca;
 pub mod identity;
 pub mod kernel;

@@ -158,7 +158,7 @@ impl Credentials {
             .collect()
     }
 
-    pub(super) fn certified(&self) -> Arc<CertifiedKey> {
+    pub(crate) fn certified(&self) -> Arc<CertifiedKey> {
         self.certified.clone()
     }
 }
@@ -224,7 +224,7 @@ impl Roots {
         verify_server_cert_signed_by_trust_anchor(&leaf, &self.store, intermediates, now, algorithms.all)
     }
 
-    pub(super) fn verify_client_chain(
+    pub(crate) fn verify_client_chain(
         &self,
         leaf: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],

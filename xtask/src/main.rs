@@ -3,6 +3,7 @@
 //! Commands compose by calling each other's functions, and CI runs the same ones (`.ci/run`).
 
 mod build_ebpf;
+mod demo;
 mod lint;
 mod setup;
 mod test;
@@ -34,6 +35,8 @@ enum Command {
         /// Only tests whose name contains this
         filter: Option<String>,
     },
+    /// Show the mesh at work: two nodes, four pods, real servers (needs root)
+    Demo(demo::Args),
     /// Check format, clippy, BPF warnings, dependencies, ABI number
     Lint,
 }
@@ -53,6 +56,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::BuildEbpf => build_ebpf::run().map(|()| ExitCode::SUCCESS),
         Command::Setup { groups } => setup::run(&groups).map(|()| ExitCode::SUCCESS),
         Command::Test { filter } => test::run(filter.as_deref()),
+        Command::Demo(args) => demo::run(&args),
         Command::Lint => lint::run(),
     }
 }

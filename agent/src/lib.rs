@@ -3,3 +3,5 @@
 pub mod ca;
 pub mod identity;
 pub mod kernel;
+pub mod netns;
+pub mod proxy;

@@ -1,0 +1,314 @@
+//! Bytes both ways between an application's socket and a tunnel stream, with the connection's manners kept:
+//!
+//! | one end | the other end sees |
+//! |---|---|
+//! | FIN | END_STREAM, and the other direction goes on |
+//! | RST | RST_STREAM, at once, also while nothing can be written |
+//! | stops reading | its writer stops: nothing is read before there is room for it |
+//!
+//! Memory per connection is one chunk per direction, plus what HTTP/2 flow control admits: the receive window is
+//! opened only after the application's socket took the bytes.
+
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::{Buf, Bytes, BytesMut};
+use h2::{Reason, RecvStream, SendStream};
+use nix::sys::socket::{Shutdown, shutdown};
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+use tokio::sync::Notify;
+use tokio::task::coop::consume_budget;
+
+use super::record::{Reason as Ended, ReasonKind};
+use super::sock;
+
+/// A read is between these: it grows while reads fill it, so a busy connection makes few and large frames, and an idle
+/// one holds little.
+const SMALLEST_CHUNK: usize = 4 * 1024;
+const LARGEST_CHUNK: usize = 64 * 1024;
+
+/// Why a connection ended other than by both ends saying that they have finished.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Broken {
+    /// The application reset its connection, or its kernel gave up.
+    #[error("the application's connection broke: {0}")]
+    App(io::Error),
+    /// The other agent reset the stream, or the tunnel broke.
+    #[error("the tunnel stream broke: {0}")]
+    Tunnel(h2::Error),
+    /// The stream was closed under us without a cause.
+    #[error("the tunnel stream closed early")]
+    Closed,
+    /// Told to end, by policy or shutdown.
+    #[error("{0}")]
+    Cut(Arc<str>),
+}
+
+impl From<Broken> for Ended {
+    fn from(broken: Broken) -> Ended {
+        let kind = match &broken {
+            Broken::App(_) => ReasonKind::AppReset,
+            Broken::Tunnel(_) | Broken::Closed => ReasonKind::TunnelReset,
+            // The one who cut has said the kind; it overrules this one.
+            Broken::Cut(_) => ReasonKind::Policy,
+        };
+        Ended::new(kind, broken.to_string())
+    }
+}
+
+/// The application's socket: closed by reset unless the connection came to its proper end. A task that is aborted or
+/// panics must not look like a complete transfer.
+pub(super) struct AppSocket(Option<TcpStream>);
+
+impl AppSocket {
+    pub(super) fn new(stream: TcpStream) -> AppSocket {
+        AppSocket(Some(stream))
+    }
+
+    fn stream(&self) -> &TcpStream {
+        self.0.as_ref().expect("taken only by finish, which consumes self")
+    }
+
+    /// Resolves when the application's connection is in error, which a FIN is not.
+    pub(super) async fn broken(&self) -> io::Error {
+        broken(self.stream()).await
+    }
+
+    fn finish(mut self) {
+        self.0.take();
+    }
+}
+
+impl Drop for AppSocket {
+    fn drop(&mut self) {
+        if let Some(stream) = self.0.take() {
+            sock::reset(stream);
+        }
+    }
+}
+
+/// Copies until both directions have ended, one breaks, or `cut` resolves. Whatever is not a proper end resets both.
+///
+/// `up` counts bytes from the application to the tunnel, `down` those that came back, when they were written.
+pub(super) async fn both_ways(
+    app: AppSocket,
+    mut send: SendStream<Bytes>,
+    mut recv: RecvStream,
+    up: &AtomicU64,
+    down: &AtomicU64,
+    cut: impl Future<Output = Arc<str>>,
+) -> Result<(), Broken> {
+    let received_all = Notify::new();
+    let result = tokio::select! {
+        biased;
+        reason = cut => Err(Broken::Cut(reason)),
+        result = async {
+            tokio::try_join!(
+                to_tunnel(app.stream(), &mut send, up, &received_all),
+                async {
+                    to_app(app.stream(), &mut recv, down).await?;
+                    received_all.notify_one();
+                    Ok(())
+                },
+            )
+        } => result.map(drop),
+    };
+    match result {
+        Ok(()) => app.finish(),
+        Err(_) => send.send_reset(Reason::CANCEL),
+    }
+    result
+}
+
+async fn to_tunnel(
+    app: &TcpStream,
+    send: &mut SendStream<Bytes>,
+    count: &AtomicU64,
+    received_all: &Notify,
+) -> Result<(), Broken> {
+    let mut size = SMALLEST_CHUNK;
+    let mut buffer = BytesMut::new();
+    loop {
+        consume_budget().await;
+        // Readable first, room second: an idle connection holds no share of the tunnel's window.
+        tokio::select! {
+            biased;
+            ready = app.readable() => ready.map_err(Broken::App)?,
+            reset = poll_fn(|cx| send.poll_reset(cx)) => return Err(stream_reset(reset)),
+        }
+        let room = tokio::select! {
+            biased;
+            room = room(send, size) => room?,
+            error = broken(app) => return Err(Broken::App(error)),
+        };
+        buffer.reserve(size);
+        let read = match app.try_read_buf(&mut bytes::BufMut::limit(&mut buffer, room.min(size))) {
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(error) => return Err(Broken::App(error)),
+        };
+        if read == 0 {
+            break;
+        }
+        send.send_data(buffer.split().freeze(), false).map_err(Broken::Tunnel)?;
+        count.fetch_add(read as u64, Ordering::Relaxed);
+        if read == size && size < LARGEST_CHUNK {
+            size *= 4;
+        } else if read < size / 4 && size > SMALLEST_CHUNK {
+            size /= 4;
+            buffer = BytesMut::new();
+        }
+    }
+    drop(buffer);
+    send.send_data(Bytes::new(), true).map_err(Broken::Tunnel)?;
+    // The other direction may be stuck in a write to the application; a reset must still get through.
+    tokio::select! {
+        biased;
+        _ = received_all.notified() => Ok(()),
+        reset = poll_fn(|cx| send.poll_reset(cx)) => Err(stream_reset(reset)),
+    }
+}
+
+/// Waits until the tunnel takes at least one byte; returns how many of the `wanted` it takes.
+async fn room(send: &mut SendStream<Bytes>, wanted: usize) -> Result<usize, Broken> {
+    send.reserve_capacity(wanted);
+    loop {
+        let room = send.capacity();
+        if room > 0 {
+            return Ok(room);
+        }
+        match poll_fn(|cx| send.poll_capacity(cx)).await {
+            Some(Ok(_)) => {}
+            Some(Err(error)) => return Err(Broken::Tunnel(error)),
+            None => return Err(Broken::Closed),
+        }
+    }
+}
+
+async fn to_app(app: &TcpStream, recv: &mut RecvStream, count: &AtomicU64) -> Result<(), Broken> {
+    let mut waiting = Waiting::default();
+    let mut ended = false;
+    loop {
+        consume_budget().await;
+        while let Some(front) = waiting.front() {
+            match app.try_write(front) {
+                Ok(written) => {
+                    waiting.advance(written);
+                    count.fetch_add(written as u64, Ordering::Relaxed);
+                    // Only now may the peer send as much again.
+                    recv.flow_control().release_capacity(written).map_err(Broken::Tunnel)?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(Broken::App(error)),
+            }
+        }
+        if ended && waiting.is_empty() {
+            break;
+        }
+        tokio::select! {
+            biased;
+            chunk = recv.data(), if !ended => match chunk {
+                Some(chunk) => waiting.push(chunk.map_err(Broken::Tunnel)?),
+                None => ended = true,
+            },
+            ready = app.writable(), if !waiting.is_empty() => ready.map_err(Broken::App)?,
+            error = broken(app), if waiting.is_empty() => return Err(Broken::App(error)),
+        }
+    }
+    match shutdown(app.as_raw_fd(), Shutdown::Write) {
+        // The application reset after it had everything; its reader will say so.
+        Ok(()) | Err(nix::Error::ENOTCONN) => Ok(()),
+        Err(error) => Err(Broken::App(error.into())),
+    }
+}
+
+/// What the application has not taken yet; at most one stream window.
+///
+/// It is taken out of the HTTP/2 connection although it cannot be written: frames that wait there are counted, and many
+/// small ones of one slow reader would end the connection of everybody. Small chunks are put together here.
+#[derive(Default)]
+struct Waiting {
+    chunks: VecDeque<Bytes>,
+    small: BytesMut,
+}
+
+impl Waiting {
+    const SMALL: usize = 2 * 1024;
+
+    fn push(&mut self, chunk: Bytes) {
+        if chunk.is_empty() {
+            return;
+        }
+        if chunk.len() < Self::SMALL && !(self.is_empty()) {
+            self.small.extend_from_slice(&chunk);
+            if self.small.len() >= LARGEST_CHUNK {
+                self.chunks.push_back(self.small.split().freeze());
+            }
+            return;
+        }
+        if !self.small.is_empty() {
+            self.chunks.push_back(self.small.split().freeze());
+        }
+        self.chunks.push_back(chunk);
+    }
+
+    fn front(&mut self) -> Option<&Bytes> {
+        if self.chunks.is_empty() && !self.small.is_empty() {
+            self.chunks.push_back(std::mem::take(&mut self.small).freeze());
+        }
+        self.chunks.front()
+    }
+
+    fn advance(&mut self, written: usize) {
+        let front = self.chunks.front_mut().expect("written from the front chunk");
+        front.advance(written);
+        if front.is_empty() {
+            self.chunks.pop_front();
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.chunks.is_empty() && self.small.is_empty()
+    }
+}
+
+/// Resolves when the socket is in error, which a FIN is not.
+async fn broken(app: &TcpStream) -> io::Error {
+    match app.ready(Interest::ERROR).await {
+        Ok(_) => app.take_error().ok().flatten().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
+        Err(error) => error,
+    }
+}
+
+fn stream_reset(reset: Result<Reason, h2::Error>) -> Broken {
+    Broken::Tunnel(reset.map_or_else(|error| error, h2::Error::from))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waiting_keeps_order_and_merges_small_chunks() {
+        let mut waiting = Waiting::default();
+        let mut expected = Vec::new();
+        for n in 0..100_000_u32 {
+            let chunk = n.to_be_bytes().repeat(if n % 1000 == 0 { 1024 } else { 1 });
+            expected.extend_from_slice(&chunk);
+            waiting.push(chunk.into());
+        }
+        assert!(waiting.chunks.len() < 300, "{} chunks", waiting.chunks.len());
+        let mut taken = Vec::new();
+        while let Some(front) = waiting.front() {
+            let part = front.len().min(1000);
+            taken.extend_from_slice(&front[..part]);
+            waiting.advance(part);
+        }
+        assert!(waiting.is_empty() && taken == expected);
+    }
+}

@@ -1,2 +1,28 @@
 //! Manifests in, tables out.
+//!
+//! | stage | module | from, to |
+//! |---|---|---|
+//! | read | [`source`] | YAML text, typed objects with their place in the file |
+//! | keep | [`store`] | the objects of all files; each whole, or its former version |
+//! | resolve | [`model`] | objects, a [`Model`] in which every reference is resolved |
+//! | compile | [`compile()`] | a model, the [`Tables`] that the kernel reads |
+//! | explain | [`eval`] | a model and a flow, a verdict with its reason |
+//!
+//! INVARIANT: this crate does no I/O, and nothing that it cannot enforce is skipped in silence: a policy object that
+//! cannot be read refuses every flow to the workloads that it would have selected.
 #![forbid(unsafe_code)]
+
+pub mod compile;
+pub mod error;
+pub mod eval;
+pub mod model;
+pub mod source;
+pub mod store;
+pub mod tables;
+
+pub use compile::compile;
+pub use error::{ObjectRef, Origin, Problem, Severity};
+pub use eval::{Decision, Flow, Peer, Verdict};
+pub use model::{Cidr, Identity, Model, Settings, SpiffeId, Workload};
+pub use store::ObjectStore;
+pub use tables::{RuleRef, Tables};

@@ -1,0 +1,296 @@
+//! From objects to the model: references, duplicates, contested addresses, backends.
+
+use super::{Blocked, Identity, Model, Named, Service, ServicePort, Settings, SpiffeId, Workload};
+use crate::error::{ObjectRef, Origin, Problem, Severity};
+use crate::source::core::{self, Balance, TargetPort};
+use crate::source::{Object, Reach, Spec};
+use crate::store::ObjectStore;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+impl Model {
+    /// Resolves the objects of a store.
+    pub fn new(settings: Settings, store: &ObjectStore) -> Model {
+        let mut model = Model { settings, ..Model::default() };
+        let objects = unique(store, &mut model.problems);
+        for broken in store.broken() {
+            // A version of it in another file counts as its former one.
+            let known = broken.object.as_ref().is_some_and(|name| objects.contains_key(name));
+            if let Some(reach) = broken.policy.clone().filter(|_| !known) {
+                let (object, origin) = (broken.object.clone(), broken.origin.clone());
+                model.block(object, origin, reach);
+            }
+        }
+        let mut interned: HashMap<Identity, Arc<Identity>> = HashMap::new();
+        let mut rules = Vec::new();
+        let mut slices: BTreeMap<(&str, &str), Vec<&core::EndpointSlice>> = BTreeMap::new();
+        for object in objects.values() {
+            let meta = &object.meta;
+            match &object.spec {
+                Spec::Pod(pod) if !pod.finished => {
+                    let workload = model.workload_of(object, pod, &mut interned);
+                    model.workloads.push(workload);
+                }
+                Spec::AuthorizationPolicy(policy) => model.authorization.push(named(object, policy.clone())),
+                Spec::PeerAuthentication(policy) => {
+                    if meta.object.namespace == model.settings.root_namespace && !policy.selector.is_empty() {
+                        model.problem(object, Severity::Error, "spec.selector", SELECTOR_IN_ROOT.into());
+                        let reach = Reach { namespace: None, selector: policy.selector.clone() };
+                        model.block(Some(meta.object.clone()), meta.origin.clone(), reach);
+                    } else {
+                        model.authentication.push(named(object, policy.clone()));
+                    }
+                }
+                Spec::DestinationRule(rule) => rules.push((*object, rule)),
+                Spec::EndpointSlice(slice) => {
+                    slices.entry((&meta.object.namespace, &slice.service)).or_default().push(slice);
+                }
+                _ => {}
+            }
+        }
+        model.blocked.sort_by(|a, b| (&a.object, &a.origin).cmp(&(&b.object, &b.origin)));
+        model.authentication.sort_by(|a, b| age(a).cmp(&age(b)));
+        model.index_addresses();
+        for object in objects.values() {
+            if let Spec::Service(service) = &object.spec {
+                let key = (&*object.meta.object.namespace, &*object.meta.object.name);
+                let ports = model.ports(key, service, slices.get(&key).map(Vec::as_slice));
+                let (namespace, name) =
+                    (object.meta.object.namespace.clone(), object.meta.object.name.clone());
+                let (addresses, balance) = (service.addresses.clone(), Balance::default());
+                model.services.push(Service { namespace, name, addresses, ports, balance });
+            }
+        }
+        model.apply_rules(&rules);
+        model.check_references(&objects);
+        model
+    }
+
+    fn problem(&mut self, object: &Object, severity: Severity, field: &str, message: String) {
+        let (origin, name) = (object.meta.origin.clone(), Some(object.meta.object.clone()));
+        self.problems.push(Problem { origin, severity, object: name, field: field.into(), message });
+    }
+
+    fn block(&mut self, object: Option<ObjectRef>, origin: Origin, mut reach: Reach) {
+        reach.namespace = reach.namespace.filter(|namespace| *namespace != self.settings.root_namespace);
+        let whom = match &reach.namespace {
+            None => "the whole mesh".to_owned(),
+            Some(namespace) => format!("namespace {namespace}"),
+        };
+        let only = if reach.selector.is_empty() { "every workload" } else { "the selected workloads" };
+        let message = format!("{only} of {whom} refuse all traffic until this policy can be enforced");
+        let problem = Problem {
+            origin: origin.clone(),
+            severity: Severity::Error,
+            object: object.clone(),
+            field: String::new(),
+            message,
+        };
+        self.problems.push(problem);
+        self.blocked.push(Blocked { object, origin, reach });
+    }
+
+    fn workload_of(
+        &self,
+        object: &Object,
+        pod: &core::Pod,
+        interned: &mut HashMap<Identity, Arc<Identity>>,
+    ) -> Workload {
+        let meta = &object.meta;
+        let spiffe = SpiffeId::new(&self.settings.trust_domain, &meta.object.namespace, &pod.service_account);
+        let identity = Identity { spiffe, labels: Arc::new(meta.labels.clone()) };
+        let identity =
+            interned.entry(identity).or_insert_with_key(|identity| Arc::new(identity.clone())).clone();
+        Workload {
+            namespace: meta.object.namespace.clone(),
+            name: meta.object.name.clone(),
+            identity,
+            addresses: pod.addresses.clone(),
+            node: pod.node.clone(),
+            netns: pod.netns.clone(),
+            cgroup: pod.cgroup.clone(),
+            host_network: pod.host_network,
+            enrolled: !pod.left_out && !pod.host_network,
+            ready: pod.ready,
+            ports: pod.ports.clone(),
+            probe_ports: pod.probe_ports.clone(),
+            origin: meta.origin.clone(),
+        }
+    }
+
+    /// An address that two workloads claim belongs to neither: nobody can say whose policy holds there.
+    fn index_addresses(&mut self) {
+        let mut owner: BTreeMap<IpAddr, usize> = BTreeMap::new();
+        for (index, workload) in self.workloads.iter().enumerate().filter(|(_, w)| !w.host_network) {
+            for addr in workload.addresses.iter().copied().collect::<BTreeSet<_>>() {
+                match owner.entry(addr) {
+                    Entry::Vacant(free) => drop(free.insert(index)),
+                    Entry::Occupied(taken) => {
+                        let first = &self.workloads[*taken.get()];
+                        let message = format!(
+                            "{addr} is also the address of Pod {}/{}; the address is refused until one gives it up",
+                            first.namespace, first.name
+                        );
+                        let object = ObjectRef {
+                            kind: "Pod".into(),
+                            namespace: workload.namespace.clone(),
+                            name: workload.name.clone(),
+                        };
+                        self.problems.push(Problem {
+                            origin: workload.origin.clone(),
+                            severity: Severity::Error,
+                            object: Some(object),
+                            field: "status.podIP".into(),
+                            message,
+                        });
+                        self.contested.insert(addr);
+                    }
+                }
+            }
+        }
+        owner.retain(|addr, _| !self.contested.contains(addr));
+        self.by_address = owner;
+        for workload in &mut self.workloads {
+            workload.addresses.retain(|addr| workload.host_network || !self.contested.contains(addr));
+        }
+    }
+
+    /// Backends of each port: from endpoint slices where the service has any, else from the pods that it selects.
+    fn ports(
+        &self,
+        key: (&str, &str),
+        service: &core::Service,
+        slices: Option<&[&core::EndpointSlice]>,
+    ) -> Vec<ServicePort> {
+        let port = |port: &core::ServicePort| {
+            let mut backends = BTreeSet::new();
+            for slice in slices.into_iter().flatten() {
+                let named = slice
+                    .ports
+                    .iter()
+                    .filter(|(name, _, protocol)| *name == port.name && *protocol == port.protocol);
+                for (_, number, _) in named {
+                    backends.extend(slice.addresses.iter().map(|addr| (*addr, *number)));
+                }
+            }
+            if slices.is_none() && !service.selector.is_empty() {
+                for pod in self.workloads.iter().filter(|pod| *pod.namespace == *key.0 && pod.ready) {
+                    let selected = service
+                        .selector
+                        .iter()
+                        .all(|(key, value)| pod.identity.labels.get(key) == Some(value));
+                    if let Some(number) = target(port, pod).filter(|_| selected) {
+                        backends.extend(pod.addresses.iter().map(|addr| (*addr, number)));
+                    }
+                }
+            }
+            let backends = backends.into_iter().collect();
+            ServicePort { name: port.name.clone(), port: port.port, protocol: port.protocol, backends }
+        };
+        service.ports.iter().map(port).collect()
+    }
+
+    fn apply_rules(&mut self, rules: &[(&Arc<Object>, &core::DestinationRule)]) {
+        for (object, rule) in rules {
+            match self.service_index(&rule.host, &object.meta.object.namespace) {
+                Some(index) => self.services[index].balance = rule.balance.unwrap_or_default(),
+                None => self.problem(
+                    object,
+                    Severity::Warning,
+                    "spec.host",
+                    format!("no Service is called {:?}", rule.host),
+                ),
+            }
+        }
+    }
+
+    /// `name`, `name.namespace`, `name.namespace.svc` or `name.namespace.svc.<cluster domain>`.
+    fn service_index(&self, host: &str, namespace: &str) -> Option<usize> {
+        let mut parts = host.splitn(3, '.');
+        let name = parts.next()?;
+        let namespace = parts.next().unwrap_or(namespace);
+        if parts.next().is_some_and(|rest| rest != "svc" && !rest.starts_with("svc.")) {
+            return None;
+        }
+        self.services.iter().position(|service| *service.name == *name && *service.namespace == *namespace)
+    }
+
+    fn check_references(&mut self, objects: &BTreeMap<ObjectRef, &Arc<Object>>) {
+        for object in objects.values() {
+            let mut found = Vec::new();
+            let namespace = &object.meta.object.namespace;
+            match &object.spec {
+                Spec::Routing { hosts } => {
+                    let missing = hosts.iter().filter(|host| self.service_index(host, namespace).is_none());
+                    let missing: BTreeSet<_> = missing.collect();
+                    found.extend(
+                        missing.into_iter().map(|host| ("spec", format!("no Service is called {host:?}"))),
+                    );
+                }
+                Spec::AuthorizationPolicy(policy) => {
+                    if policy.rules.iter().any(|rule| rule.needs_http()) {
+                        found.push(("spec.rules", NEEDS_HTTP.into()));
+                    }
+                    if policy.dry_run {
+                        found.push(("metadata.annotations", "dry-run: recorded, not enforced".into()));
+                    }
+                }
+                _ => {}
+            }
+            for (field, message) in found {
+                self.problem(object, Severity::Warning, field, message);
+            }
+        }
+    }
+}
+
+const SELECTOR_IN_ROOT: &str = "a PeerAuthentication of the root namespace holds for the whole mesh and takes no selector; \
+     move it to the namespace of the workloads";
+const NEEDS_HTTP: &str = "rules with HTTP attributes need the HTTP engine; until it runs, flows that they would decide are refused";
+
+fn named<T>(object: &Object, policy: T) -> Named<T> {
+    let meta = &object.meta;
+    Named { object: meta.object.clone(), origin: meta.origin.clone(), created: meta.created.clone(), policy }
+}
+
+/// Oldest first; an object without a time is the youngest; equal times go by name.
+fn age<T>(named: &Named<T>) -> (bool, &str, &ObjectRef) {
+    (named.created.is_empty(), &named.created, &named.object)
+}
+
+/// The objects by name; of several with one name the first counts.
+fn unique<'a>(store: &'a ObjectStore, problems: &mut Vec<Problem>) -> BTreeMap<ObjectRef, &'a Arc<Object>> {
+    let mut objects: BTreeMap<ObjectRef, &Arc<Object>> = BTreeMap::new();
+    for object in store.objects() {
+        match objects.entry(object.meta.object.clone()) {
+            Entry::Vacant(free) => drop(free.insert(object)),
+            Entry::Occupied(taken) => {
+                let Origin { file, document, line } = &taken.get().meta.origin;
+                let harmless = matches!(object.spec, Spec::Routing { .. } | Spec::Ignored);
+                problems.push(Problem {
+                    origin: object.meta.origin.clone(),
+                    severity: if harmless { Severity::Warning } else { Severity::Error },
+                    object: Some(object.meta.object.clone()),
+                    field: "metadata.name".into(),
+                    message: format!(
+                        "given before, in {file} line {line} (document {document}), which counts; remove one"
+                    ),
+                });
+            }
+        }
+    }
+    objects
+}
+
+fn target(port: &core::ServicePort, pod: &Workload) -> Option<u16> {
+    match &port.target {
+        TargetPort::Number(number) => Some(*number),
+        TargetPort::Name(name) => {
+            let fits =
+                |p: &&core::ContainerPort| p.name.as_ref() == Some(name) && p.protocol == port.protocol;
+            pod.ports.iter().find(fits).map(|p| p.port)
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! Everything that a verdict depends on, with every reference resolved.
+//!
+//! Which policies select a workload is decided here and nowhere else; [`crate::eval`] and [`crate::compile()`] both ask.
+
+mod build;
+pub mod cidr;
+pub mod identity;
+
+pub use cidr::Cidr;
+pub use identity::{Identity, SpiffeId};
+
+use crate::error::{ObjectRef, Origin, Problem};
+use crate::source::core::{Balance, ContainerPort};
+use crate::source::{AuthorizationPolicy, MtlsMode, PeerAuthentication, Reach, Selector};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+use weft_datapath::policy::Mode;
+
+/// What the operator decides once for the mesh.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    pub trust_domain: Arc<str>,
+    /// Policies in this namespace hold for all.
+    pub root_namespace: Arc<str>,
+    /// Where no policy says otherwise: STRICT and refused, instead of PERMISSIVE and allowed.
+    pub default_deny: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            trust_domain: "cluster.local".into(),
+            root_namespace: "istio-system".into(),
+            default_deny: false,
+        }
+    }
+}
+
+/// A pod.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Workload {
+    pub namespace: Arc<str>,
+    pub name: Arc<str>,
+    pub identity: Arc<Identity>,
+    /// Without those that another workload claims too.
+    pub addresses: Vec<IpAddr>,
+    /// The node it runs on.
+    pub node: Option<String>,
+    pub netns: Option<String>,
+    pub cgroup: Option<String>,
+    /// Shares the node's network namespace.
+    pub host_network: bool,
+    /// Takes part in the mesh. Not so: labelled `istio.io/dataplane-mode: none`, or of the host's network.
+    pub enrolled: bool,
+    pub ready: bool,
+    pub ports: Vec<ContainerPort>,
+    pub probe_ports: BTreeSet<u16>,
+    pub origin: Origin,
+}
+
+/// A service and where its connections may go.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Service {
+    pub namespace: Arc<str>,
+    pub name: Arc<str>,
+    pub addresses: Vec<IpAddr>,
+    pub ports: Vec<ServicePort>,
+    pub balance: Balance,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct ServicePort {
+    pub name: String,
+    pub port: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Sorted, each once.
+    pub backends: Vec<(IpAddr, u16)>,
+}
+
+/// A policy object in the model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Named<T> {
+    pub object: ObjectRef,
+    pub origin: Origin,
+    /// `metadata.creationTimestamp`.
+    pub created: String,
+    pub policy: T,
+}
+
+/// A policy that cannot be enforced: what it reaches is refused.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Blocked {
+    pub object: Option<ObjectRef>,
+    pub origin: Origin,
+    pub reach: Reach,
+}
+
+/// The mTLS modes of one workload, each with the policy that set it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Modes<'a> {
+    pub mode: (Mode, Option<&'a ObjectRef>),
+    /// Ports with a mode of their own.
+    pub ports: BTreeMap<u16, (Mode, Option<&'a ObjectRef>)>,
+}
+
+impl<'a> Modes<'a> {
+    pub fn at(&self, port: u16) -> (Mode, Option<&'a ObjectRef>) {
+        self.ports.get(&port).copied().unwrap_or(self.mode)
+    }
+}
+
+/// The resolved mesh. Immutable once made.
+#[derive(Clone, Debug, Default)]
+pub struct Model {
+    pub(crate) settings: Settings,
+    pub(crate) workloads: Vec<Workload>,
+    pub(crate) services: Vec<Service>,
+    /// Sorted by namespace and name: the first that matches decides, and so names itself.
+    pub(crate) authorization: Vec<Named<AuthorizationPolicy>>,
+    /// Oldest first.
+    pub(crate) authentication: Vec<Named<PeerAuthentication>>,
+    pub(crate) blocked: Vec<Blocked>,
+    /// Addresses that more than one workload claims.
+    pub(crate) contested: BTreeSet<IpAddr>,
+    by_address: BTreeMap<IpAddr, usize>,
+    problems: Vec<Problem>,
+}
+
+impl Model {
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Sorted by namespace and name.
+    pub fn workloads(&self) -> &[Workload] {
+        &self.workloads
+    }
+
+    pub fn workload(&self, namespace: &str, name: &str) -> Option<&Workload> {
+        let key = |w: &Workload| (&*w.namespace, &*w.name).cmp(&(namespace, name));
+        self.workloads.binary_search_by(key).ok().map(|index| &self.workloads[index])
+    }
+
+    /// The workload that owns an address; host-network pods own none.
+    pub fn workload_at(&self, addr: IpAddr) -> Option<&Workload> {
+        self.by_address.get(&addr.to_canonical()).map(|index| &self.workloads[*index])
+    }
+
+    /// Sorted by namespace and name.
+    pub fn services(&self) -> &[Service] {
+        &self.services
+    }
+
+    pub fn authorization_policies(&self) -> &[Named<AuthorizationPolicy>] {
+        &self.authorization
+    }
+
+    pub fn peer_authentications(&self) -> &[Named<PeerAuthentication>] {
+        &self.authentication
+    }
+
+    /// Policies that cannot be enforced.
+    pub fn blocked(&self) -> &[Blocked] {
+        &self.blocked
+    }
+
+    /// What does not fit together.
+    pub fn problems(&self) -> &[Problem] {
+        &self.problems
+    }
+
+    /// Identities of all enrolled workloads, sorted, each once.
+    pub fn identities(&self) -> Vec<Arc<Identity>> {
+        let set: BTreeSet<_> =
+            self.workloads.iter().filter(|w| w.enrolled).map(|w| w.identity.clone()).collect();
+        set.into_iter().collect()
+    }
+
+    /// Authorization policies in force for a destination, in order.
+    pub fn authorizations<'a>(
+        &'a self,
+        destination: &'a Identity,
+    ) -> impl Iterator<Item = &'a Named<AuthorizationPolicy>> + 'a {
+        self.authorization_indexes(destination).map(|index| &self.authorization[index])
+    }
+
+    /// As [`Model::authorizations`], as positions.
+    pub(crate) fn authorization_indexes<'a>(
+        &'a self,
+        destination: &'a Identity,
+    ) -> impl Iterator<Item = usize> + 'a {
+        let selected = self.authorization.iter().enumerate().filter(move |(_, named)| {
+            !named.policy.dry_run
+                && self.selects(Some(&named.object.namespace), &named.policy.selector, destination)
+        });
+        selected.map(|(index, _)| index)
+    }
+
+    /// The first policy that cannot be enforced and would have selected this destination.
+    pub fn blocked_by(&self, destination: &Identity) -> Option<&Blocked> {
+        self.blocked.iter().find(|b| self.selects(b.reach.namespace.as_ref(), &b.reach.selector, destination))
+    }
+
+    /// A policy in the root namespace holds for all namespaces, with or without a selector.
+    fn selects(&self, namespace: Option<&Arc<str>>, selector: &Selector, destination: &Identity) -> bool {
+        let in_reach = match namespace {
+            None => true,
+            Some(namespace) => {
+                *namespace == self.settings.root_namespace || *namespace == destination.spiffe.namespace
+            }
+        };
+        in_reach && selector.iter().all(|(key, value)| destination.labels.get(key) == Some(value))
+    }
+
+    /// The mTLS modes of a destination: mesh, then namespace, then workload; the oldest of each; UNSET inherits
+    /// (istio:pilot/pkg/security/authn/policy_applier.go, ComposePeerAuthentication).
+    pub fn modes(&self, destination: &Identity) -> Modes<'_> {
+        let first = |wanted: &dyn Fn(&Named<PeerAuthentication>) -> bool| {
+            self.authentication.iter().find(|named| wanted(named))
+        };
+        let root = &self.settings.root_namespace;
+        let here = |named: &Named<PeerAuthentication>| named.object.namespace == destination.spiffe.namespace;
+        let wide = |named: &Named<PeerAuthentication>| named.policy.selector.is_empty();
+        let mesh = first(&|named| named.object.namespace == *root && wide(named));
+        let namespace = first(&|named| named.object.namespace != *root && here(named) && wide(named));
+        let workload = first(&|named| {
+            let selector = &named.policy.selector;
+            here(named) && !wide(named) && self.selects(Some(&named.object.namespace), selector, destination)
+        });
+        let mut mode = (if self.settings.default_deny { Mode::Strict } else { Mode::Permissive }, None);
+        for named in [mesh, namespace, workload].into_iter().flatten() {
+            mode = effective(named.policy.mode, named, mode);
+        }
+        let ports = workload.into_iter().flat_map(|named| {
+            named.policy.ports.iter().map(move |(port, own)| (*port, effective(*own, named, mode)))
+        });
+        Modes { mode, ports: ports.collect() }
+    }
+
+    /// Ports that the node may reach whatever policy says: those that any pod of this identity declares as probes.
+    pub fn probe_ports(&self, destination: &Identity) -> BTreeSet<u16> {
+        let pods = self.workloads.iter().filter(|w| w.enrolled && *w.identity == *destination);
+        pods.flat_map(|w| w.probe_ports.iter().copied()).collect()
+    }
+
+    /// Addresses of all pods of this identity.
+    pub fn addresses(&self, destination: &Identity) -> Vec<IpAddr> {
+        let pods = self.workloads.iter().filter(|w| w.enrolled && *w.identity == *destination);
+        pods.flat_map(|w| w.addresses.iter().copied()).collect()
+    }
+}
+
+fn effective<'a>(
+    own: MtlsMode,
+    named: &'a Named<PeerAuthentication>,
+    inherited: (Mode, Option<&'a ObjectRef>),
+) -> (Mode, Option<&'a ObjectRef>) {
+    let mode = match own {
+        MtlsMode::Unset => return inherited,
+        MtlsMode::Disable => Mode::Disable,
+        MtlsMode::Permissive => Mode::Permissive,
+        MtlsMode::Strict => Mode::Strict,
+    };
+    (mode, Some(&named.object))
+}

@@ -1,0 +1,200 @@
+//! Which kinds weft knows, and what it does with each.
+
+use super::fields::{At, Findings};
+use super::yaml::{Node, Value};
+use super::{Meta, Spec, core, security};
+use crate::error::Severity;
+
+/// What happens to an object of some kind.
+pub(super) enum Treatment {
+    Used(&'static str),
+    /// Routes requests: checked for references, carried out by the HTTP engine.
+    Routing,
+    /// Not the mesh's business.
+    Ignored,
+    /// Not known, or not enforceable; with the sentence that says so.
+    Unknown(String),
+}
+
+const CORE: &[&str] = &["Namespace", "Pod", "Service", "ServiceAccount"];
+const IGNORED_CORE: &[&str] = &[
+    "ConfigMap",
+    "Secret",
+    "Node",
+    "Event",
+    "PersistentVolume",
+    "PersistentVolumeClaim",
+    "LimitRange",
+    "ResourceQuota",
+    "ReplicationController",
+    "Endpoints",
+];
+const IGNORED_GROUPS: &[&str] = &[
+    "apps",
+    "batch",
+    "autoscaling",
+    "policy",
+    "rbac.authorization.k8s.io",
+    "storage.k8s.io",
+    "scheduling.k8s.io",
+    "coordination.k8s.io",
+    "apiextensions.k8s.io",
+    "admissionregistration.k8s.io",
+    "monitoring.coreos.com",
+];
+const ROUTING: &[&str] = &[
+    "VirtualService",
+    "Gateway",
+    "ServiceEntry",
+    "WorkloadEntry",
+    "WorkloadGroup",
+    "Sidecar",
+    "ProxyConfig",
+    "HTTPRoute",
+    "GRPCRoute",
+    "TCPRoute",
+    "TLSRoute",
+    "UDPRoute",
+    "ReferenceGrant",
+    "GatewayClass",
+    "Telemetry",
+    "Ingress",
+    "IngressClass",
+];
+
+pub(super) fn treatment(version: &str, kind: &str) -> Treatment {
+    let (group, version) = version.split_once('/').unwrap_or(("", version));
+    let used = |name: &'static str, versions: &[&str]| {
+        if versions.contains(&version) {
+            return Treatment::Used(name);
+        }
+        Treatment::Unknown(format!(
+            "{kind} of version {version:?} is not known; use {}",
+            versions.join(" or ")
+        ))
+    };
+    match (group, kind) {
+        ("", _) if IGNORED_CORE.contains(&kind) => Treatment::Ignored,
+        ("", _) => match CORE.iter().find(|known| **known == kind) {
+            Some(known) => used(known, &["v1"]),
+            None => Treatment::Unknown(format!("no kind {kind:?} is known in apiVersion {version:?}")),
+        },
+        ("discovery.k8s.io", "EndpointSlice") => used("EndpointSlice", &["v1", "v1beta1"]),
+        ("security.istio.io", "AuthorizationPolicy") => used("AuthorizationPolicy", &["v1", "v1beta1"]),
+        ("security.istio.io", "PeerAuthentication") => used("PeerAuthentication", &["v1", "v1beta1"]),
+        ("networking.istio.io", "DestinationRule") => used("DestinationRule", &["v1", "v1beta1", "v1alpha3"]),
+        (
+            "networking.istio.io" | "gateway.networking.k8s.io" | "telemetry.istio.io" | "networking.k8s.io",
+            _,
+        ) if ROUTING.contains(&kind) => Treatment::Routing,
+        _ if is_policy(&format!("{group}/"), kind) => Treatment::Unknown(format!(
+            "{kind} is not enforceable yet; what it selects is refused, so remove it"
+        )),
+        _ if IGNORED_GROUPS.contains(&group) => Treatment::Ignored,
+        _ => Treatment::Unknown(format!("no kind {kind:?} is known in apiVersion \"{group}/{version}\"")),
+    }
+}
+
+/// Does an object of this group and kind restrict traffic? Either may be unreadable, and empty. In doubt it does.
+pub(super) fn is_policy(version: &str, kind: &str) -> bool {
+    let group = version.split_once('/').map_or("", |(group, _)| group);
+    match group {
+        "security.istio.io" | "cilium.io" | "policy.networking.k8s.io" => true,
+        "networking.k8s.io" => kind.is_empty() || kind == "NetworkPolicy",
+        "" if version.is_empty() => kind.ends_with("Policy") || kind.ends_with("Authentication"),
+        _ => false,
+    }
+}
+
+pub(super) fn has_namespace(kind: &str) -> bool {
+    const CLUSTER: &[&str] = &[
+        "Namespace",
+        "Node",
+        "PersistentVolume",
+        "GatewayClass",
+        "IngressClass",
+        "ClusterRole",
+        "ClusterRoleBinding",
+        "CustomResourceDefinition",
+        "StorageClass",
+        "PriorityClass",
+        "AdminNetworkPolicy",
+        "BaselineAdminNetworkPolicy",
+        "ClusterNetworkPolicy",
+        "CiliumClusterwideNetworkPolicy",
+        "ValidatingWebhookConfiguration",
+        "MutatingWebhookConfiguration",
+    ];
+    !CLUSTER.contains(&kind)
+}
+
+pub(super) fn read(treatment: &Treatment, meta: &Meta, node: &Node, out: &mut Findings) -> Spec {
+    let Treatment::Used(kind) = treatment else { return recognised(treatment, node, out) };
+    let mut top = At::new(node, "").fields(out);
+    top.ignore(&["apiVersion", "kind", "metadata"]);
+    let spec = match *kind {
+        "Namespace" => {
+            top.ignore(&["spec", "status"]);
+            Spec::Namespace
+        }
+        "ServiceAccount" => {
+            top.ignore(&["secrets", "imagePullSecrets", "automountServiceAccountToken"]);
+            Spec::ServiceAccount
+        }
+        "Pod" => Spec::Pod(core::pod(meta, top.take("spec"), top.take("status"), out)),
+        "Service" => {
+            top.ignore(&["status"]);
+            Spec::Service(core::service(top.take("spec"), out))
+        }
+        "EndpointSlice" => Spec::EndpointSlice(core::endpoint_slice(meta, &mut top, out)),
+        "DestinationRule" => {
+            top.ignore(&["status"]);
+            Spec::DestinationRule(core::destination_rule(top.take("spec"), out))
+        }
+        "PeerAuthentication" => {
+            top.ignore(&["status"]);
+            Spec::PeerAuthentication(security::peer_authentication(top.take("spec"), out))
+        }
+        _ => {
+            top.ignore(&["status"]);
+            Spec::AuthorizationPolicy(security::authorization_policy(meta, top.take("spec"), out))
+        }
+    };
+    top.finish(out);
+    spec
+}
+
+fn recognised(treatment: &Treatment, node: &Node, out: &mut Findings) -> Spec {
+    if !matches!(treatment, Treatment::Routing) {
+        out.add(Severity::Note, node.line, "", "recognised and ignored: the mesh has no use for it");
+        return Spec::Ignored;
+    }
+    out.add(Severity::Warning, node.line, "", "not carried out yet: routing needs the HTTP engine");
+    let mut hosts = Vec::new();
+    if let Some(spec) = node.get("spec") {
+        destinations(&At::new(spec, "spec"), &mut hosts, out);
+    }
+    Spec::Routing { hosts }
+}
+
+/// Finds every `destination: {host: ...}` below a node. The parser bounds the depth.
+fn destinations(at: &At<'_>, hosts: &mut Vec<String>, out: &mut Findings) {
+    let mut quiet = Findings::default();
+    match &at.node.value {
+        Value::Sequence(_) => at.items(&mut quiet).iter().for_each(|item| destinations(item, hosts, out)),
+        Value::Mapping(_) => {
+            for (key, inner) in at.entries(&mut quiet) {
+                if key == "destination" || key == "mirror" {
+                    hosts.extend(inner.node.get("host").and_then(Node::text).map(str::to_owned));
+                    if let Some(weight) = inner.node.get("weight") {
+                        let message =
+                            "taken as the route's weight; it belongs beside `destination`, not inside it";
+                        out.add(Severity::Warning, weight.line, &format!("{}.weight", inner.path), message);
+                    }
+                }
+                destinations(&inner, hosts, out);
+            }
+        }
+        _ => {}
+    }
+}

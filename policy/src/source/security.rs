@@ -1,0 +1,353 @@
+//! `security.istio.io`: what may reach a workload, and whether it must prove who it is.
+//!
+//! What Istio's validation refuses is refused here too (istio:pkg/config/validation/validation.go).
+
+use super::Meta;
+use super::fields::{At, Fields, Findings};
+use super::rule::{Alternative, Clause, HttpClause, Pattern, Rule, Test};
+use crate::error::Severity;
+use crate::model::cidr::Cidr;
+use std::collections::BTreeMap;
+
+/// Labels that a workload must carry; empty selects all.
+pub type Selector = BTreeMap<String, String>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Action {
+    Allow,
+    Deny,
+}
+
+impl Action {
+    pub fn name(self) -> &'static str {
+        match self {
+            Action::Allow => "ALLOW",
+            Action::Deny => "DENY",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct AuthorizationPolicy {
+    pub selector: Selector,
+    pub action: Action,
+    pub rules: Vec<Rule>,
+    /// `istio.io/dry-run: "true"`: recorded, never enforced.
+    pub dry_run: bool,
+}
+
+/// `mtls.mode`; UNSET, or absent, inherits from the next wider policy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum MtlsMode {
+    #[default]
+    Unset,
+    Disable,
+    Permissive,
+    Strict,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct PeerAuthentication {
+    pub selector: Selector,
+    pub mode: MtlsMode,
+    pub ports: BTreeMap<u16, MtlsMode>,
+}
+
+pub(super) fn authorization_policy(
+    meta: &Meta,
+    spec: Option<At<'_>>,
+    out: &mut Findings,
+) -> AuthorizationPolicy {
+    let dry_run = meta.annotations.get("istio.io/dry-run").is_some_and(|value| value == "true");
+    let mut policy =
+        AuthorizationPolicy { selector: Selector::new(), action: Action::Allow, rules: Vec::new(), dry_run };
+    let Some(spec) = spec else { return policy };
+    let mut spec = spec.fields(out);
+    policy.selector = selector(&mut spec, out);
+    for name in ["targetRef", "targetRefs"] {
+        if let Some(at) = spec.take(name) {
+            out.error(
+                &at,
+                "a policy attached to a gateway or service needs the HTTP engine; use spec.selector",
+            );
+        }
+    }
+    if let Some(at) = spec.take("provider") {
+        out.error(&at, "external authorization is not enforceable yet; remove the provider");
+    }
+    if let Some(at) = spec.take("action") {
+        match at.text(out).as_deref() {
+            Some("ALLOW") | None => {}
+            Some("DENY") => policy.action = Action::Deny,
+            Some(other @ ("AUDIT" | "CUSTOM")) => {
+                out.error(&at, format!("action {other} is not enforceable yet; use ALLOW or DENY"));
+            }
+            Some(other) => out.error(&at, format!("no action {other:?}; use ALLOW or DENY")),
+        }
+    }
+    let rules = spec.items("rules", out);
+    if policy.action == Action::Deny && rules.is_empty() {
+        let message = "a DENY policy without rules denies nothing; write `rules: [{}]` to deny everything";
+        out.add(Severity::Warning, spec.at.node.line, "spec", message);
+    }
+    policy.rules = rules.iter().map(|at| rule(meta, at, out)).collect();
+    spec.finish(out);
+    policy
+}
+
+fn selector(spec: &mut Fields<'_>, out: &mut Findings) -> Selector {
+    let Some(at) = spec.take("selector") else { return Selector::new() };
+    let mut fields = at.fields(out);
+    let labels = fields.labels("matchLabels", out);
+    fields.finish(out);
+    labels
+}
+
+fn rule(meta: &Meta, at: &At<'_>, out: &mut Findings) -> Rule {
+    let mut fields = at.fields(out);
+    let mut groups = Vec::new();
+    for (name, inner) in [("from", "source"), ("to", "operation")] {
+        let Some(list) = fields.take(name) else { continue };
+        let items = list.items(out);
+        if items.is_empty() {
+            out.error(&list, format!("an empty `{name}` is ambiguous; leave it out to match any {inner}"));
+        }
+        let mut group = Vec::new();
+        for item in items {
+            let mut item_fields = item.fields(out);
+            match item_fields.take(inner) {
+                Some(at) if name == "from" => group.push(source(meta, &at, out)),
+                Some(at) => group.push(operation(&at, out)),
+                None => out.error(&item, format!("`{inner}` is missing")),
+            }
+            item_fields.finish(out);
+        }
+        groups.push(group);
+    }
+    for at in fields.items("when", out) {
+        groups.push(vec![condition(meta, &at, out)]);
+    }
+    fields.finish(out);
+    Rule { groups }
+}
+
+fn source(meta: &Meta, at: &At<'_>, out: &mut Findings) -> Alternative {
+    let mut fields = at.fields(out);
+    let account = |at: &At<'_>, out: &mut Findings| service_account(meta, at, out);
+    let mut alternative = Alternative::default();
+    let mut pair = |any, none, test: &Read<'_, Test>, out: &mut Findings| {
+        let clause =
+            Clause { any: tests(&mut fields, any, test, out), none: tests(&mut fields, none, test, out) };
+        let given = clause != Clause::default();
+        if given {
+            alternative.clauses.push(clause);
+        }
+        given
+    };
+    let named = pair("principals", "notPrincipals", &principal, out)
+        | pair("namespaces", "notNamespaces", &namespace, out);
+    let accounts = pair("serviceAccounts", "notServiceAccounts", &account, out);
+    pair("ipBlocks", "notIpBlocks", &source_ip, out);
+    // Without a proxy in front the remote address is the source address: no header is believed at layer 4.
+    pair("remoteIpBlocks", "notRemoteIpBlocks", &source_ip, out);
+    if named && accounts {
+        out.error(at, "serviceAccounts cannot be combined with principals or namespaces; use two sources");
+    }
+    http(&mut fields, &mut alternative, &[("requestPrincipals", "notRequestPrincipals")], out);
+    finish(fields, at, &alternative, "source", out);
+    alternative
+}
+
+fn operation(at: &At<'_>, out: &mut Findings) -> Alternative {
+    let mut fields = at.fields(out);
+    let mut alternative = Alternative::default();
+    let clause = Clause {
+        any: tests(&mut fields, "ports", &port, out),
+        none: tests(&mut fields, "notPorts", &port, out),
+    };
+    if clause != Clause::default() {
+        alternative.clauses.push(clause);
+    }
+    let pairs = [("hosts", "notHosts"), ("methods", "notMethods"), ("paths", "notPaths")];
+    http(&mut fields, &mut alternative, &pairs, out);
+    finish(fields, at, &alternative, "operation", out);
+    alternative
+}
+
+fn finish(fields: Fields<'_>, at: &At<'_>, alternative: &Alternative, what: &str, out: &mut Findings) {
+    let before = out.0.len();
+    fields.finish(out);
+    if *alternative == Alternative::default() && out.0.len() == before {
+        out.error(at, format!("an empty `{what}` is ambiguous; name what it must match, or leave it out"));
+    }
+}
+
+fn condition(meta: &Meta, at: &At<'_>, out: &mut Findings) -> Alternative {
+    let mut fields = at.fields(out);
+    let mut alternative = Alternative::default();
+    let key_at = fields.take("key");
+    let key = key_at.as_ref().and_then(|at| at.text(out)).unwrap_or_default();
+    let account = |at: &At<'_>, out: &mut Findings| service_account(meta, at, out);
+    let test: Option<&Read<'_, Test>> = match key.as_str() {
+        "source.ip" | "remote.ip" => Some(&source_ip),
+        "source.namespace" => Some(&namespace),
+        "source.principal" => Some(&principal),
+        "source.serviceAccount" => Some(&account),
+        "destination.ip" => Some(&destination_ip),
+        "destination.port" => Some(&port),
+        _ => None,
+    };
+    if let Some(test) = test {
+        let clause = Clause {
+            any: tests(&mut fields, "values", test, out),
+            none: tests(&mut fields, "notValues", test, out),
+        };
+        alternative.clauses.push(clause);
+    } else if is_http_key(&key) {
+        let (any, none) = (fields.texts("values", out), fields.texts("notValues", out));
+        alternative.http.push(HttpClause { attribute: key.clone(), any, none });
+    } else {
+        fields.ignore(&["values", "notValues"]);
+        match key_at {
+            Some(at) if key.starts_with("connection.") || key.starts_with("experimental.") => {
+                out.error(&at, format!("condition {key:?} is not enforceable yet"));
+            }
+            Some(at) => out.error(&at, format!("no condition is called {key:?}")),
+            None => out.error(at, "`key` is missing"),
+        }
+    }
+    if at.node.get("values").is_none() && at.node.get("notValues").is_none() {
+        out.error(at, "`values` or `notValues` is missing");
+    }
+    fields.finish(out);
+    alternative
+}
+
+fn is_http_key(key: &str) -> bool {
+    let indexed =
+        |name: &str| key.strip_prefix(name).is_some_and(|rest| rest.starts_with('[') && rest.ends_with(']'));
+    matches!(key, "request.auth.principal" | "request.auth.audiences" | "request.auth.presenter")
+        || indexed("request.headers")
+        || indexed("request.auth.claims")
+}
+
+fn http(
+    fields: &mut Fields<'_>,
+    to: &mut Alternative,
+    pairs: &[(&'static str, &'static str)],
+    out: &mut Findings,
+) {
+    for (any, none) in pairs {
+        let clause = HttpClause {
+            attribute: (*any).to_owned(),
+            any: tests(fields, any, &|at, out| present(at, out), out),
+            none: tests(fields, none, &|at, out| present(at, out), out),
+        };
+        if !clause.any.is_empty() || !clause.none.is_empty() {
+            to.http.push(clause);
+        }
+    }
+}
+
+/// Reads one value of a list.
+type Read<'r, T> = dyn Fn(&At<'_>, &mut Findings) -> Option<T> + 'r;
+
+/// The values of one list field. A list that is given but empty is refused: it could mean "any" or "none".
+fn tests<T>(fields: &mut Fields<'_>, name: &'static str, test: &Read<'_, T>, out: &mut Findings) -> Vec<T> {
+    let Some(at) = fields.take(name) else { return Vec::new() };
+    let items = at.items(out);
+    if items.is_empty() {
+        out.error(&at, "an empty list is ambiguous; name a value or leave the field out");
+    }
+    items.iter().filter_map(|item| test(item, out)).collect()
+}
+
+fn present(at: &At<'_>, out: &mut Findings) -> Option<String> {
+    let text = at.text(out)?;
+    if text.is_empty() {
+        out.error(at, "an empty text matches nothing; remove it");
+        return None;
+    }
+    Some(text)
+}
+
+fn principal(at: &At<'_>, out: &mut Findings) -> Option<Test> {
+    let text = present(at, out)?;
+    Some(Test::Principal(Pattern::new(text.strip_prefix("spiffe://").unwrap_or(&text))))
+}
+
+fn namespace(at: &At<'_>, out: &mut Findings) -> Option<Test> {
+    Some(Test::Namespace(Pattern::new(&present(at, out)?)))
+}
+
+/// `name`, in the policy's own namespace, or `namespace/name`.
+fn service_account(meta: &Meta, at: &At<'_>, out: &mut Findings) -> Option<Test> {
+    let text = present(at, out)?;
+    let (namespace, name) = text.split_once('/').unwrap_or((&meta.object.namespace, &text));
+    if namespace.is_empty() || name.is_empty() || name.contains('/') || text.contains('*') {
+        out.error(
+            at,
+            format!("{text:?} is no service account; write `name` or `namespace/name`, without wildcards"),
+        );
+        return None;
+    }
+    Some(Test::ServiceAccount { namespace: namespace.to_owned(), name: name.to_owned() })
+}
+
+fn source_ip(at: &At<'_>, out: &mut Findings) -> Option<Test> {
+    cidr(at, out).map(Test::SourceIp)
+}
+
+fn destination_ip(at: &At<'_>, out: &mut Findings) -> Option<Test> {
+    cidr(at, out).map(Test::DestinationIp)
+}
+
+fn cidr(at: &At<'_>, out: &mut Findings) -> Option<Cidr> {
+    let parsed: Result<Cidr, _> = at.text(out)?.parse();
+    parsed.map_err(|message| out.error(at, message)).ok()
+}
+
+fn port(at: &At<'_>, out: &mut Findings) -> Option<Test> {
+    at.port(out).map(Test::Port)
+}
+
+pub(super) fn peer_authentication(spec: Option<At<'_>>, out: &mut Findings) -> PeerAuthentication {
+    let mut policy =
+        PeerAuthentication { selector: Selector::new(), mode: MtlsMode::Unset, ports: BTreeMap::new() };
+    let Some(spec) = spec else { return policy };
+    let mut spec = spec.fields(out);
+    policy.selector = selector(&mut spec, out);
+    policy.mode = spec.take("mtls").map(|at| mode(&at, out)).unwrap_or_default();
+    if let Some(ports) = spec.take("portLevelMtls") {
+        if policy.selector.is_empty() {
+            out.error(&ports, "modes of single ports need a selector that names the workload");
+        }
+        for (key, at) in ports.entries(out) {
+            match key.parse::<u16>() {
+                Ok(port @ 1..) => drop(policy.ports.insert(port, mode(&at, out))),
+                _ => out.error(&at, format!("{key:?} is no port; use 1 to 65535")),
+            }
+        }
+    }
+    spec.finish(out);
+    policy
+}
+
+fn mode(at: &At<'_>, out: &mut Findings) -> MtlsMode {
+    let mut fields = at.fields(out);
+    let mode = match fields.take("mode") {
+        None => MtlsMode::Unset,
+        Some(at) => match at.text(out).as_deref() {
+            Some("UNSET") | None => MtlsMode::Unset,
+            Some("DISABLE") => MtlsMode::Disable,
+            Some("PERMISSIVE") => MtlsMode::Permissive,
+            Some("STRICT") => MtlsMode::Strict,
+            Some(other) => {
+                out.error(&at, format!("no mode {other:?}; use STRICT, PERMISSIVE, DISABLE or UNSET"));
+                MtlsMode::Unset
+            }
+        },
+    };
+    fields.finish(out);
+    mode
+}

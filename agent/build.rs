@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 fn main() {
-    let files = ["proto/citadel.proto"];
+    let files = ["proto/admin.proto", "proto/citadel.proto"];
     println!("cargo::rerun-if-changed=proto");
     let descriptors = protox::compile(files, ["proto"]).expect("proto files compile");
     tonic_prost_build::configure().compile_fds(descriptors).expect("proto code is generated");

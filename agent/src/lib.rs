@@ -1,7 +1,14 @@
 //! The node agent.
 
+pub mod args;
 pub mod ca;
+pub mod cli;
+pub mod config;
+pub mod drain;
 pub mod identity;
 pub mod kernel;
+pub mod manifests;
 pub mod netns;
+pub mod observe;
 pub mod proxy;
+pub mod supervise;

@@ -4,12 +4,15 @@
 //! variable offset, which the verifier refuses ("dereference of modified ctx ptr").
 
 use core::ffi::c_void;
-use core::mem::offset_of;
+use core::mem::{MaybeUninit, offset_of};
 
 use aya_ebpf::bindings::{__sk_buff, bpf_sock, bpf_sock_addr, bpf_sock_ops};
+use aya_ebpf::helpers::generated::bpf_sk_fullsock;
 use weft_datapath::abi::Addr;
 use weft_datapath::addr::{is_v4, v4};
 use weft_datapath::packet::Packet;
+
+use crate::connect::is_agent;
 
 macro_rules! load {
     ($ctx:expr, $offset:expr, $size:literal) => {{
@@ -209,17 +212,30 @@ impl Skb {
 impl Packet for Skb {
     #[inline(always)]
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-        let mut bytes = [0u8; N];
+        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
         // SAFETY: the destination is N bytes long.
         let failed = unsafe {
             aya_ebpf::helpers::bpf_skb_load_bytes(self.0.cast(), offset, bytes.as_mut_ptr().cast(), N as u32)
         };
-        if failed == 0 { Some(bytes) } else { None }
+        // SAFETY: the helper filled it.
+        if failed == 0 { Some(unsafe { bytes.assume_init() }) } else { None }
     }
 
     #[inline(always)]
     fn len(&self) -> u32 {
         load!(self.0, offset_of!(__sk_buff, len), "u32") as u32
+    }
+
+    /// The socket survives the crossing of the veth, and its storage with it.
+    #[inline(always)]
+    fn is_agents(&self) -> bool {
+        let sk = self.sk();
+        if sk.is_null() {
+            return false;
+        }
+        // SAFETY: checked for null; the helper turns what is not a full socket into null.
+        let sk = unsafe { bpf_sk_fullsock(sk) };
+        !sk.is_null() && is_agent(sk)
     }
 }
 

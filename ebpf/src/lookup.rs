@@ -80,25 +80,21 @@ impl Flows for Maps {
         maps::NODE_ADDR.get_ptr(addr).is_some()
     }
     #[inline(always)]
-    fn flow(&self, key: &FlowKey) -> Option<FlowState> {
-        let mut state = FlowState::default();
-        let mut found = 0u64;
+    fn flow(&self, key: &FlowKey, state: &mut FlowState) -> bool {
+        let mut found = 0;
         if let Some(entry) = copied!(maps::CONNTRACK, key) {
-            state = entry;
+            *state = entry;
             found = 1;
         }
-        if opaque(found) != 0 { Some(state) } else { None }
+        opaque(found) != 0
     }
     #[inline(always)]
     fn put_flow(&self, key: &FlowKey, state: &FlowState) -> Result<(), Reason> {
         maps::CONNTRACK.insert(key, state, BPF_ANY.into()).map_err(|_| Reason::ConntrackFull)
     }
     #[inline(always)]
-    fn touch_flow(&self, key: &FlowKey, now_ns: u64) {
-        if let Some(state) = maps::CONNTRACK.get_ptr_mut(key) {
-            // SAFETY: a plain store of eight aligned bytes into a live map value; a lost race costs one refresh.
-            unsafe { (*state).last_seen_ns = now_ns };
-        }
+    fn now_ns(&self) -> u64 {
+        crate::outcome::now_ns()
     }
     #[inline(always)]
     fn fragment(&self, key: &FragmentKey) -> bool {

@@ -11,10 +11,6 @@ mod maps;
 mod outcome;
 mod sockops;
 
-use core::ptr::null_mut;
-
-use aya_ebpf::bindings::bpf_sock;
-use aya_ebpf::helpers::generated::{bpf_sk_fullsock, bpf_sk_storage_get};
 use aya_ebpf::macros::{cgroup_sock_addr, classifier, sock_ops};
 use aya_ebpf::programs::{SockAddrContext, SockOpsContext, TcContext};
 use weft_datapath::event;
@@ -63,14 +59,13 @@ pub fn weft_sockops(ctx: SockOpsContext) -> u32 {
 /// Packets that the workload sends: ingress of the host side of its veth.
 #[classifier]
 pub fn weft_from_wl(ctx: TcContext) -> i32 {
-    let skb = Skb(ctx.skb.skb);
-    tc(skb, traffic::FROM, is_agent_packet(skb))
+    tc(Skb(ctx.skb.skb), traffic::FROM)
 }
 
 /// Packets that the workload will receive: egress of the host side of its veth.
 #[classifier]
 pub fn weft_to_wl(ctx: TcContext) -> i32 {
-    tc(Skb(ctx.skb.skb), traffic::TO, false)
+    tc(Skb(ctx.skb.skb), traffic::TO)
 }
 
 /// Not final: other programs of the chain still run (TCX_NEXT, TC_ACT_UNSPEC).
@@ -79,14 +74,8 @@ const NEXT: i32 = -1;
 const DROP: i32 = 2;
 
 #[inline(always)]
-fn tc(skb: Skb, direction: u32, agent: bool) -> i32 {
-    let hook = Hook {
-        ifindex: skb.ifindex(),
-        ingress_ifindex: skb.ingress_ifindex(),
-        direction,
-        agent,
-        now_ns: outcome::now_ns(),
-    };
+fn tc(skb: Skb, direction: u32) -> i32 {
+    let hook = Hook { ifindex: skb.ifindex(), ingress_ifindex: skb.ingress_ifindex(), direction };
     let Some(work) = maps::WORK.get_ptr_mut(0) else { return DROP };
     // SAFETY: this CPU's own value; TC programs run with bottom halves disabled, so none interrupts another.
     let work: &mut Work = unsafe { &mut *work };
@@ -107,22 +96,6 @@ fn tc(skb: Skb, direction: u32, agent: bool) -> i32 {
             DROP
         }
     }
-}
-
-/// Does the packet's socket carry the agent's mark? The socket survives the crossing of the veth.
-#[inline(always)]
-fn is_agent_packet(skb: Skb) -> bool {
-    let sk = skb.sk();
-    if sk.is_null() {
-        return false;
-    }
-    // SAFETY: checked for null; the helper turns what is not a full socket into null.
-    let sk: *mut bpf_sock = unsafe { bpf_sk_fullsock(sk) };
-    if sk.is_null() {
-        return false;
-    }
-    // SAFETY: a full socket; the map does not create on a miss.
-    !unsafe { bpf_sk_storage_get(maps::AGENT_SK.as_ptr(), sk.cast(), null_mut(), 0) }.is_null()
 }
 
 #[cfg(target_arch = "bpf")]

@@ -154,8 +154,8 @@ shared! {
     }
     /// Value of `weft_conntrack`.
     FlowState = 32 {
-        /// Monotonic time of a recent packet (at most a second older than the last).
-        last_seen_ns: u64,
+        /// Monotonic time of the decision.
+        decided_ns: u64,
         /// Policy revision under which `verdict` was taken; another revision decides again.
         revision: u32,
         /// Identity number of the interface's workload.

@@ -8,6 +8,3 @@
 pub const OUT: u32 = 1;
 /// Its peer did.
 pub const IN: u32 = 2;
-
-/// How stale [`crate::abi::FlowState::last_seen_ns`] may be before a packet refreshes it.
-pub const TOUCH_NS: u64 = 1_000_000_000;

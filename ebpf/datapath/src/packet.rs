@@ -24,10 +24,13 @@ pub trait Packet {
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
     /// Length of the whole frame.
     fn len(&self) -> u32;
+    /// Does the packet's socket carry the agent's mark? Asked only where it matters.
+    fn is_agents(&self) -> bool;
 }
 
-/// Both ends of a packet.
+/// Both ends of a packet. Aligned, so that addresses are copied by words: BPF has no unaligned access.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C, align(8))]
 pub struct Tuple {
     pub src: Addr,
     pub dst: Addr,
@@ -69,6 +72,7 @@ pub enum Kind {
 
 /// A frame that was read. Lives in per-CPU memory in the kernel, whose stack is small, so it is filled in place.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C, align(8))]
 pub struct Parsed {
     pub tuple: Tuple,
     /// Source of the packet itself; differs from `tuple.src` for ICMP errors.

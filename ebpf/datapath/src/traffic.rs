@@ -8,7 +8,7 @@
 use crate::abi::{Addr, Event, FlowKey, FlowState, FragmentKey, Iface, IfaceAddr, MeterKey};
 use crate::addr::{is_link_local_v6, is_multicast, is_unspecified};
 use crate::connect::TCP;
-use crate::conntrack::{IN, OUT, TOUCH_NS};
+use crate::conntrack::{IN, OUT};
 use crate::identity::{ANONYMOUS, NODE};
 use crate::names::TUNNEL_PORT;
 use crate::packet::{ACK, Kind, Packet, Parsed, Piece, SYN, Tuple, parse};
@@ -29,12 +29,12 @@ pub trait Flows: Tables {
     fn owns(&self, key: &IfaceAddr) -> bool;
     /// Is this an address of the node itself?
     fn is_node_addr(&self, addr: &Addr) -> bool;
-    /// The tracked state of a flow.
-    fn flow(&self, key: &FlowKey) -> Option<FlowState>;
+    /// Copies the tracked state of a flow into `state`; false, and `state` untouched, when there is none.
+    fn flow(&self, key: &FlowKey, state: &mut FlowState) -> bool;
     /// Records or replaces it.
     fn put_flow(&self, key: &FlowKey, state: &FlowState) -> Result<(), Reason>;
-    /// Records that a flow is still in use.
-    fn touch_flow(&self, key: &FlowKey, now_ns: u64);
+    /// Monotonic time.
+    fn now_ns(&self) -> u64;
     /// Has the first fragment of this datagram passed?
     fn fragment(&self, key: &FragmentKey) -> bool;
     /// It has.
@@ -52,14 +52,11 @@ pub struct Hook {
     pub ingress_ifindex: u32,
     /// [`FROM`] or [`TO`].
     pub direction: u32,
-    /// From the workload: the packet's socket carries the agent's mark.
-    pub agent: bool,
-    /// Monotonic time.
-    pub now_ns: u64,
 }
 
 /// What a decision works on: per-CPU memory in the kernel, whose stack is small.
 #[derive(Clone, Copy, Debug, Default)]
+#[repr(C, align(8))]
 pub struct Work {
     parsed: Parsed,
     key: FlowKey,
@@ -81,7 +78,7 @@ pub fn decide<T: Flows, P: Packet>(
     describe(work);
     match work.parsed.kind {
         Kind::Flow => {
-            let passed = flow(tables, hook, &own, work)?;
+            let passed = flow(tables, hook, &own, packet, work)?;
             let (source, destination) = if hook.direction == FROM {
                 (own.identity, work.state.peer)
             } else {
@@ -131,7 +128,13 @@ enum Origin {
 
 /// Decides about a TCP, UDP or echo packet. Leaves the flow's state in `work.state` when it may pass.
 #[inline(always)]
-fn flow<T: Flows>(tables: &T, hook: &Hook, own: &Iface, work: &mut Work) -> Result<Passed, Reason> {
+fn flow<T: Flows, P: Packet>(
+    tables: &T,
+    hook: &Hook,
+    own: &Iface,
+    packet: &P,
+    work: &mut Work,
+) -> Result<Passed, Reason> {
     let from = hook.direction == FROM;
     let Parsed { tcp_flags, payload, piece, .. } = work.parsed;
     work.key = key(hook, &work.parsed.tuple);
@@ -145,27 +148,23 @@ fn flow<T: Flows>(tables: &T, hook: &Hook, own: &Iface, work: &mut Work) -> Resu
     let (own_port, peer_port) = (work.key.own_port, work.key.peer_port);
     let tunnel = tcp && (own_port == TUNNEL_PORT || peer_port == TUNNEL_PORT);
     let opens = tcp && tcp_flags & (SYN | ACK) == SYN;
-    if from && tunnel && !hook.agent && (payload || opens) {
+    // Towards the workload the mark means nothing: the sender's socket is on another veth, or another node.
+    let agents = from && tunnel && packet.is_agents();
+    if from && tunnel && !agents && (payload || opens) {
         return Err(Reason::TunnelPort);
     }
     let revision = tables.revision();
-    let mut known = false;
-    if let Some(state) = tables.flow(&work.key) {
-        known = true;
-        work.state = state;
-        // A SYN against the recorded sense is a new flow on old ports.
-        let against = opens && (state.origin == OUT) != from;
-        if !against && state.revision == revision && state.own == own.identity && proven(tables, hook, work) {
-            describe_flow(own, work);
-            if state.verdict != ALLOW {
-                return Err(refusal(state.verdict));
-            }
-            if hook.now_ns.wrapping_sub(state.last_seen_ns) > TOUCH_NS {
-                tables.touch_flow(&work.key, hook.now_ns);
-            }
-            remember_fragment(tables, hook, &work.parsed)?;
-            return Ok(Passed::Known);
+    let known = tables.flow(&work.key, &mut work.state);
+    // A SYN against the recorded sense is a new flow on old ports.
+    let against = opens && (work.state.origin == OUT) != from;
+    let current = work.state.revision == revision && work.state.own == own.identity;
+    if known && !against && current && proven(tables, hook, work) {
+        describe_flow(own, work);
+        if work.state.verdict != ALLOW {
+            return Err(refusal(work.state.verdict));
         }
+        remember_fragment(tables, hook, &work.parsed)?;
+        return Ok(Passed::Known);
     }
     if !tables.owns(&IfaceAddr { ifindex: hook.ifindex, addr: work.key.own })
         && (from || !is_multicast(&work.key.own))
@@ -173,7 +172,7 @@ fn flow<T: Flows>(tables: &T, hook: &Hook, own: &Iface, work: &mut Work) -> Resu
         return Err(if from { Reason::SourceAddress } else { Reason::UnknownInside });
     }
     // Control segments of the tunnel port that no marked socket vouches for belong to a known flow, or to none.
-    if tunnel && !known && !hook.agent && (from || peer_port == TUNNEL_PORT) {
+    if tunnel && !known && !agents && (from || peer_port == TUNNEL_PORT) {
         return Err(Reason::TunnelPort);
     }
     let followed = known && !opens;
@@ -198,7 +197,7 @@ fn flow<T: Flows>(tables: &T, hook: &Hook, own: &Iface, work: &mut Work) -> Resu
         verdict = judge(tables, hook, own, work, Origin::Receiver, How::Forgotten);
     }
     work.state.revision = revision;
-    work.state.last_seen_ns = hook.now_ns;
+    work.state.decided_ns = tables.now_ns();
     describe_flow(own, work);
     if let Err(reason) = verdict {
         // A living flow that is no longer allowed keeps its entry, so that its sense is not forgotten. A SYN never
@@ -328,9 +327,10 @@ fn icmp_error<T: Flows>(tables: &T, hook: &Hook, work: &mut Work) -> Result<Pass
     // The quoted packet travelled the other way: towards the workload when the workload now complains about it.
     let opposite = Hook { direction: if hook.direction == FROM { TO } else { FROM }, ..*hook };
     work.key = key(&opposite, &work.parsed.tuple);
-    match tables.flow(&work.key) {
-        Some(state) if state.verdict == ALLOW => Ok(Passed::Known),
-        _ => Err(Reason::Icmp),
+    if tables.flow(&work.key, &mut work.state) && work.state.verdict == ALLOW {
+        Ok(Passed::Known)
+    } else {
+        Err(Reason::Icmp)
     }
 }
 

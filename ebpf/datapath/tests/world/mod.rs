@@ -123,8 +123,8 @@ impl World {
         frame: &Frame,
         agent: bool,
     ) -> Result<Passed, Reason> {
-        let hook = Hook { ifindex, ingress_ifindex: ingress, direction, agent, now_ns: 1 };
-        traffic::decide(self, &hook, frame, &mut Work::default())
+        let hook = Hook { ifindex, ingress_ifindex: ingress, direction };
+        traffic::decide(self, &hook, &Sent { frame, agent }, &mut Work::default())
     }
 }
 
@@ -171,8 +171,13 @@ impl Flows for World {
     fn is_node_addr(&self, addr: &Addr) -> bool {
         self.node_addrs.borrow().contains(addr)
     }
-    fn flow(&self, key: &FlowKey) -> Option<FlowState> {
-        self.flows.borrow().get(key).copied()
+    fn flow(&self, key: &FlowKey, state: &mut FlowState) -> bool {
+        let flows = self.flows.borrow();
+        let found = flows.get(key);
+        if let Some(found) = found {
+            *state = *found;
+        }
+        found.is_some()
     }
     fn put_flow(&self, key: &FlowKey, state: &FlowState) -> Result<(), Reason> {
         if self.conntrack_full.get() {
@@ -181,10 +186,8 @@ impl Flows for World {
         self.flows.borrow_mut().insert(*key, *state);
         Ok(())
     }
-    fn touch_flow(&self, key: &FlowKey, now_ns: u64) {
-        if let Some(state) = self.flows.borrow_mut().get_mut(key) {
-            state.last_seen_ns = now_ns;
-        }
+    fn now_ns(&self) -> u64 {
+        1
     }
     fn fragment(&self, key: &FragmentKey) -> bool {
         self.fragments.borrow().contains(key)
@@ -206,12 +209,21 @@ impl Flows for World {
 #[derive(Clone)]
 pub struct Frame(pub Vec<u8>);
 
-impl Packet for Frame {
+/// A frame and whose socket sent it.
+struct Sent<'a> {
+    frame: &'a Frame,
+    agent: bool,
+}
+
+impl Packet for Sent<'_> {
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-        self.0.get(offset as usize..offset as usize + N)?.try_into().ok()
+        self.frame.0.get(offset as usize..offset as usize + N)?.try_into().ok()
     }
     fn len(&self) -> u32 {
-        self.0.len() as u32
+        self.frame.0.len() as u32
+    }
+    fn is_agents(&self) -> bool {
+        self.agent
     }
 }
 

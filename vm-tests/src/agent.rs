@@ -70,7 +70,10 @@ impl Ca {
 
     /// The root certificate, which agents verify the CA with.
     pub fn root(&self) -> PathBuf {
-        self.dir.path().join("root.pem")
+        let roots = fs::read_dir(self.dir.path().join("roots")).expect("`weft ca init` makes roots/");
+        let mut roots: Vec<PathBuf> = roots.flatten().map(|entry| entry.path()).collect();
+        roots.sort();
+        roots.pop().expect("`weft ca init` makes a root")
     }
 
     /// Where the audit lines are.

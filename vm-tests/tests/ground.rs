@@ -2,41 +2,22 @@
 //! These are the negative controls: a capture that never sees plaintext, or a probe that always succeeds, proves nothing.
 
 use serde_json::Value;
-use vm_tests::{Capture, Node, Process, node, process};
-
-const PATTERNS: &[&str] =
-    &["half-close", "server-first", "close-at-once", "chunked", "full-duplex", "late-reader"];
-
-fn check_patterns(from: &vm_tests::Pod, to: &vm_tests::Pod) {
-    let words: Vec<String> =
-        PATTERNS.iter().enumerate().map(|(i, name)| format!("{name}=[::]:{}", 9000 + i)).collect();
-    let mut server = Process::serve(&to.place, &words.join(" "));
-    for (i, name) in PATTERNS.iter().enumerate() {
-        for addr in [to.at4(9000 + i as u16), to.at6(9000 + i as u16)] {
-            let result = process::load(&from.place, &format!("pattern {name} {addr} --count 40"));
-            assert_eq!(result["errors"], 0, "{name} to {addr}: {result}");
-        }
-    }
-    let expected = 40 * 2 * PATTERNS.len() as u64;
-    let settled = vm_tests::agent::wait_until(std::time::Duration::from_secs(5), || {
-        let totals = server.totals();
-        totals["good"] == expected && totals["bad"] == 0
-    });
-    assert!(settled, "{}", server.totals());
-}
+use vm_tests::{Capture, Node, Process, mesh, node, process};
 
 #[test]
 fn patterns_pass_on_one_node() {
     let node = Node::create(1);
     let (a, b) = (node.pod("a"), node.pod("b"));
-    check_patterns(&a, &b);
+    let mut server = mesh::serve_patterns(&b);
+    mesh::check_patterns(&a, &b, &mut server, 40, 8);
 }
 
 #[test]
 fn patterns_pass_between_nodes() {
     let (one, two) = Node::pair();
     let (a, b) = (one.pod("a"), two.pod("b"));
-    check_patterns(&a, &b);
+    let mut server = mesh::serve_patterns(&b);
+    mesh::check_patterns(&a, &b, &mut server, 40, 8);
 }
 
 #[test]

@@ -41,8 +41,8 @@ pub fn connect<const SIX: bool>(ctx: SockAddr<SIX>) -> i32 {
     let dial = Dial { dst: ctx.addr(), port: ctx.port(), protocol };
     let plan = decide(&Maps, &caller, &dial, pick);
     let (mode, target, port) = match plan.action {
-        Action::Pass if plan.destination == 0 => return PASS,
-        Action::Pass | Action::Direct => (MODE_DIRECT, plan.backend.addr, plan.backend.port),
+        Action::Pass => return PASS,
+        Action::Direct => (MODE_DIRECT, plan.backend.addr, plan.backend.port),
         Action::Capture => {
             (MODE_CAPTURE, if is_v4(&dial.dst) { LOOPBACK_V4 } else { LOOPBACK_V6 }, OUTBOUND_PORT)
         }
@@ -85,7 +85,7 @@ pub fn sendmsg<const SIX: bool>(ctx: SockAddr<SIX>) -> i32 {
     let plan = decide(&Maps, &caller, &dial, pick);
     match plan.action {
         Action::Refuse(reason) => return refuse(event::SENDMSG, &caller, &dial, &plan, reason),
-        Action::Pass | Action::Direct if plan.service == 0 => {
+        _ if plan.service == 0 => {
             forget_udp(sk, &dial);
             return PASS;
         }

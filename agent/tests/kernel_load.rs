@@ -97,19 +97,19 @@ fn policy_flips_whole_or_not_at_all() {
         classes: [(Prefix { bits: 32 + 104, data: CidrKey { bank_be: [0; 4], addr: [10; 16] } }, 1)].into(),
         ..PolicySet::default()
     };
-    let published = sync.publish(maps, &want).unwrap();
+    let published = sync.publish(maps, &want, false).unwrap();
     assert_eq!((published.revision, published.changes), (1, 4));
     assert_eq!(maps.config.lookup(&config::REVISION).unwrap(), Some(1));
     let allowed = PolicyKey { bank: 1, ..row(21, ALLOW).0 };
     assert_eq!(maps.policy.lookup(&allowed).unwrap().unwrap().verdict, ALLOW);
     // The same again writes nothing, from memory or from the kernel's content.
-    assert_eq!(sync.publish(maps, &want).unwrap().changes, 0);
+    assert_eq!(sync.publish(maps, &want, false).unwrap().changes, 0);
     let mut sync = PolicySync::read(maps).unwrap();
-    assert_eq!(sync.publish(maps, &want).unwrap().changes, 0);
+    assert_eq!(sync.publish(maps, &want, false).unwrap().changes, 0);
 
     // A change goes to the other bank; the active one is not touched.
     want.policies = [row(u32::MAX, DENY)].into();
-    let published = sync.publish(maps, &want).unwrap();
+    let published = sync.publish(maps, &want, false).unwrap();
     assert_eq!(published.revision, 2);
     assert_eq!(maps.policy.lookup(&allowed).unwrap().unwrap().verdict, ALLOW);
     assert_eq!(maps.policy.lookup(&PolicyKey { bank: 0, ..allowed }).unwrap(), None);
@@ -117,14 +117,14 @@ fn policy_flips_whole_or_not_at_all() {
     // More than fits: no flip, and what is in force stays whole.
     let small = want.clone();
     want.policies = (21..40).map(|source| row(source, ALLOW)).collect();
-    assert!(matches!(sync.publish(maps, &want), Err(Error::Full { map: "weft_policy", capacity: 8 })));
+    assert!(matches!(sync.publish(maps, &want, false), Err(Error::Full { map: "weft_policy", capacity: 8 })));
     assert_eq!(maps.config.lookup(&config::REVISION).unwrap(), Some(2));
     let denied = PolicyKey { bank: 0, ..row(u32::MAX, DENY).0 };
     assert_eq!(maps.policy.lookup(&denied).unwrap().unwrap().verdict, DENY);
-    assert_eq!(sync.publish(maps, &small).unwrap().changes, 0);
+    assert_eq!(sync.publish(maps, &small, false).unwrap().changes, 0);
     // And what fits again, works again.
     want.policies = [row(30, ALLOW)].into();
-    assert_eq!(sync.publish(maps, &want).unwrap().revision, 3);
+    assert_eq!(sync.publish(maps, &want, false).unwrap().revision, 3);
     let bank1 = maps.policy.entries().unwrap().into_iter().filter(|(key, _)| key.bank == 1).count();
     assert_eq!(bank1, 1);
 }
@@ -136,18 +136,17 @@ fn services_switch_epochs() {
     let maps = &kernel.maps;
     let key = ServiceKey { addr: [1; 16], port: 80, protocol: 6, pad: 0 };
     let backend = |port| Backend { addr: [2; 16], port, pad: 0 };
-    let mut want =
-        [(key, DesiredService { id: 5, balance: 1, backends: vec![backend(1), backend(2)] })].into();
+    let mut want = [(key, DesiredService { balance: 1, backends: vec![backend(1), backend(2)] })].into();
     let mut sync = ServiceSync::read(maps).unwrap();
     assert_eq!(sync.follow(maps, &want).unwrap(), 3);
     assert_eq!(ServiceSync::read(maps).unwrap().follow(maps, &want).unwrap(), 0);
     let first = maps.service.lookup(&key).unwrap().unwrap();
-    assert_eq!((first.id, first.count), (5, 2));
+    assert_eq!((first.id, first.count), (1, 2));
 
     want.get_mut(&key).unwrap().backends = vec![backend(3)];
     sync.follow(maps, &want).unwrap();
     let second = maps.service.lookup(&key).unwrap().unwrap();
-    assert_eq!((second.id, second.count), (5, 1));
+    assert_eq!((second.id, second.count), (1, 1));
     assert_ne!(second.epoch, first.epoch);
     assert_eq!(maps.backend.entries().unwrap().len(), 1);
 

@@ -49,6 +49,10 @@ pub enum Error {
     NoInterface { path: PathBuf, addr: IpAddr },
     #[error("interface {ifindex} in {} is not a veth whose other end is in the agent's network namespace", .path.display())]
     NotOurVeth { path: PathBuf, ifindex: u32 },
+    #[error("the addresses of the workload in {} are on several interfaces; weft handles one", .path.display())]
+    SeveralInterfaces { path: PathBuf },
+    #[error("workload {workload} has no address")]
+    NoAddress { workload: String },
     #[error("workloads {first} and {second} both claim {what}")]
     Twice { first: String, second: String, what: String },
     #[error("cannot {action} over netlink: {source}")]

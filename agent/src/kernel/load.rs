@@ -15,7 +15,7 @@ use weft_datapath::identity::FIRST_WORKLOAD;
 use weft_datapath::names::{config, map};
 
 use super::error::{Error, Result};
-use super::maps::Maps;
+use super::maps::{Maps, Table};
 use super::pins::Pins;
 use super::sys::{self, attach};
 
@@ -65,6 +65,8 @@ pub struct Kernel {
     pub maps: Maps,
     /// Bits of `weft_datapath::names::config`.
     pub features: u32,
+    /// By descriptor of a socket of the agent: its mark.
+    pub(crate) agent_sk: Table<u32, u32>,
     pub(crate) pins: Pins,
     programs: Vec<Loaded>,
 }
@@ -102,7 +104,8 @@ impl Kernel {
 
         let names = HOOKS.iter().map(|(name, _)| *name).chain([FROM_WORKLOAD, TO_WORKLOAD]);
         let programs = names.map(|name| load_program(&mut object, name)).collect::<Result<_>>()?;
-        Ok(Kernel { maps, features, pins, programs })
+        let agent_sk = Table::open(&directory, map::AGENT_SK)?;
+        Ok(Kernel { maps, features, agent_sk, pins, programs })
     }
 
     /// Attaches the cgroup hooks to `cgroup`, or puts the programs just loaded in place of those of a former agent.

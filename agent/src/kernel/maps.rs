@@ -206,13 +206,15 @@ macro_rules! maps {
                 Ok(Maps { $($field: $kind::open(directory, $name)?),+ })
             }
 
-            /// How full each map is.
+            /// How full each map is; arrays, which always are, left out.
             pub fn fill(&self) -> Result<Vec<Fill>> {
-                Ok(vec![$(Fill {
+                let mut fill = vec![$(Fill {
                     map: self.$field.name(),
                     entries: self.$field.entries()?.len() as u32,
                     capacity: self.$field.capacity(),
-                }),+])
+                }),+];
+                fill.retain(|fill| ![map::CONFIG, map::DROPS].contains(&fill.map));
+                Ok(fill)
             }
         }
     };
@@ -240,10 +242,13 @@ maps! {
     iface_addr: Table<abi::IfaceAddr, u32> = map::IFACE_ADDR;
     node_addr: Table<Addr, u32> = map::NODE_ADDR;
     service: Table<abi::ServiceKey, abi::Service> = map::SERVICE;
+    active: Table<abi::Backend, u64> = map::ACTIVE;
+    round: Table<u32, u32> = map::ROUND;
     backend: Table<abi::BackendKey, abi::Backend> = map::BACKEND;
     orig_dst: Table<abi::LocalEnd, abi::OrigDst> = map::ORIG_DST;
     leg: Table<abi::LocalEnd, abi::Client> = map::LEG;
     conntrack: Table<abi::FlowKey, abi::FlowState> = map::CONNTRACK;
+    fragment: Table<abi::FragmentKey, u32> = map::FRAGMENT;
     meter: PerCpu<abi::MeterKey, abi::Meter> = map::METER;
     tcp: PerCpu<abi::TcpKey, abi::TcpStats> = map::TCP;
     drops: PerCpu<u32, u64> = map::DROPS;

@@ -4,15 +4,22 @@
 //! here desired state meets the kernel's. INVARIANT: the kernel's maps are the truth between two runs of the agent, so
 //! every sync compares with what is there and writes the difference, at start as later.
 
+pub mod address;
 mod attach;
+mod datapath;
+pub mod destroy;
+pub mod enrol;
 pub mod error;
 pub mod events;
 pub mod load;
+pub mod lookup;
 pub mod maps;
 mod mirror;
+mod netlink;
 pub mod numbers;
 pub mod pins;
 pub mod services;
+pub mod state;
 pub mod sync;
 mod sys;
 

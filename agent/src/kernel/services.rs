@@ -12,8 +12,6 @@ use super::sys;
 /// A service as it should be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DesiredService {
-    /// Unique among the services, and stable as long as the service lives.
-    pub id: u32,
     /// One of the constants in `weft_datapath::service`.
     pub balance: u32,
     /// In the order of their slots; none refuses connections.
@@ -44,7 +42,8 @@ impl ServiceSync {
             let service = match current {
                 Some(service) if self.is(&service, desired) => service,
                 _ => {
-                    let service = self.next(desired);
+                    let id = current.map_or_else(|| self.new_id(), |service| service.id);
+                    let service = self.next(id, desired);
                     for (slot, backend) in (0..).zip(&desired.backends) {
                         let key = BackendKey { service: service.id, epoch: service.epoch, slot };
                         changes += usize::from(self.backends.write(&maps.backend, key, *backend)?);
@@ -72,10 +71,14 @@ impl ServiceSync {
         Ok(changes)
     }
 
+    /// The numbers of the services, by which the kernel counts connections.
+    pub fn ids(&self) -> BTreeMap<ServiceKey, u32> {
+        self.services.have().iter().map(|(key, service)| (*key, service.id)).collect()
+    }
+
     /// Is the service in the kernel this one, backends included?
     fn is(&self, service: &Service, desired: &DesiredService) -> bool {
-        service.id == desired.id
-            && service.balance == desired.balance
+        service.balance == desired.balance
             && service.count as usize == desired.backends.len()
             && (0..).zip(&desired.backends).all(|(slot, backend)| {
                 let key = BackendKey { service: service.id, epoch: service.epoch, slot };
@@ -83,13 +86,21 @@ impl ServiceSync {
             })
     }
 
+    /// A number that no service in the kernel has; never 0, which stands for "no service".
+    fn new_id(&self) -> u32 {
+        let taken: BTreeSet<u32> = self.services.have().values().map(|service| service.id).collect();
+        let next = taken.last().copied().unwrap_or(0).checked_add(1);
+        next.or_else(|| (1..u32::MAX).find(|id| !taken.contains(id)))
+            .expect("the map holds fewer than 2^32 services")
+    }
+
     /// The service under an epoch of which nothing is in the kernel.
-    fn next(&self, desired: &DesiredService) -> Service {
-        let last = BackendKey { service: desired.id, epoch: u32::MAX, slot: u32::MAX };
-        let first = BackendKey { service: desired.id, epoch: 0, slot: 0 };
+    fn next(&self, id: u32, desired: &DesiredService) -> Service {
+        let last = BackendKey { service: id, epoch: u32::MAX, slot: u32::MAX };
+        let first = BackendKey { service: id, epoch: 0, slot: 0 };
         let newest = self.backends.have().range(first..=last).next_back().map_or(0, |(key, _)| key.epoch);
         Service {
-            id: desired.id,
+            id,
             epoch: newest.wrapping_add(1),
             count: desired.backends.len() as u32,
             balance: desired.balance,

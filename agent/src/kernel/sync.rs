@@ -98,10 +98,11 @@ impl PolicySync {
         self.revision
     }
 
-    /// Makes `want` the policy set in force. On an error the former one stays in force, whole.
-    pub fn publish(&mut self, maps: &Maps, want: &PolicySet) -> Result<Published> {
+    /// Makes `want` the policy set in force. On an error the former one stays in force, whole. With `renew` the
+    /// revision moves even without a change, so that living flows are decided again.
+    pub fn publish(&mut self, maps: &Maps, want: &PolicySet, renew: bool) -> Result<Published> {
         let active = self.revision & 1;
-        if self.revision != 0 && self.banks[active as usize].is(&want.in_bank(active)) {
+        if !renew && self.revision != 0 && self.banks[active as usize].is(&want.in_bank(active)) {
             return Ok(Published { revision: self.revision, changes: 0 });
         }
         // 0 means "never published", so the number goes round without it, and without losing the alternation of banks.

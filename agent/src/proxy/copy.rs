@@ -7,14 +7,14 @@
 //! | stops reading | its writer stops: nothing is read before there is room for it |
 //!
 //! Memory per connection is one chunk per direction, plus what HTTP/2 flow control admits: the receive window is
-//! opened only after the application's socket took the bytes.
+//! opened only after the application's socket took the bytes. [`Budget`] bounds the sum over a workload.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use bytes::{Buf, Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
@@ -44,6 +44,11 @@ pub(super) enum Broken {
     /// The stream was closed under us without a cause.
     #[error("the tunnel stream closed early")]
     Closed,
+    /// The application does not read, and its workload already holds as much unread as it may.
+    #[error(
+        "the applications of this workload leave {0} bytes unread, which is all that the agent keeps for them"
+    )]
+    Unread(usize),
     /// Told to end, by policy or shutdown.
     #[error("{0}")]
     Cut(Arc<str>),
@@ -54,10 +59,30 @@ impl From<Broken> for Ended {
         let kind = match &broken {
             Broken::App(_) => ReasonKind::AppReset,
             Broken::Tunnel(_) | Broken::Closed => ReasonKind::TunnelReset,
+            Broken::Unread(_) => ReasonKind::Memory,
             // The one who cut has said the kind; it overrules this one.
             Broken::Cut(_) => ReasonKind::Policy,
         };
         Ended::new(kind, broken.to_string())
+    }
+}
+
+/// How much the applications of one workload may leave unread in the agent.
+///
+/// Far above what readers that are merely slow need; a workload that reaches it has many connections that it does not
+/// read at all, and further ones are reset rather than the node's memory used up.
+#[derive(Debug)]
+pub(super) struct Budget {
+    held: AtomicUsize,
+    limit: usize,
+}
+
+impl Budget {
+    /// What each connection may hold even when the budget is spent, so that those that do read go on.
+    const ALWAYS: usize = 256 * 1024;
+
+    pub(super) fn new(limit: usize) -> Budget {
+        Budget { held: AtomicUsize::new(0), limit }
     }
 }
 
@@ -101,6 +126,7 @@ pub(super) async fn both_ways(
     mut recv: RecvStream,
     up: &AtomicU64,
     down: &AtomicU64,
+    budget: &Budget,
     cut: impl Future<Output = Arc<str>>,
 ) -> Result<(), Broken> {
     let received_all = Notify::new();
@@ -111,7 +137,7 @@ pub(super) async fn both_ways(
             tokio::try_join!(
                 to_tunnel(app.stream(), &mut send, up, &received_all),
                 async {
-                    to_app(app.stream(), &mut recv, down).await?;
+                    to_app(app.stream(), &mut recv, down, budget).await?;
                     received_all.notify_one();
                     Ok(())
                 },
@@ -190,8 +216,13 @@ async fn room(send: &mut SendStream<Bytes>, wanted: usize) -> Result<usize, Brok
     }
 }
 
-async fn to_app(app: &TcpStream, recv: &mut RecvStream, count: &AtomicU64) -> Result<(), Broken> {
-    let mut waiting = Waiting::default();
+async fn to_app(
+    app: &TcpStream,
+    recv: &mut RecvStream,
+    count: &AtomicU64,
+    budget: &Budget,
+) -> Result<(), Broken> {
+    let mut waiting = Waiting::new(budget);
     let mut ended = false;
     loop {
         consume_budget().await;
@@ -213,7 +244,7 @@ async fn to_app(app: &TcpStream, recv: &mut RecvStream, count: &AtomicU64) -> Re
         tokio::select! {
             biased;
             chunk = recv.data(), if !ended => match chunk {
-                Some(chunk) => waiting.push(chunk.map_err(Broken::Tunnel)?),
+                Some(chunk) => waiting.push(chunk.map_err(Broken::Tunnel)?)?,
                 None => ended = true,
             },
             ready = app.writable(), if !waiting.is_empty() => ready.map_err(Broken::App)?,
@@ -231,30 +262,41 @@ async fn to_app(app: &TcpStream, recv: &mut RecvStream, count: &AtomicU64) -> Re
 ///
 /// It is taken out of the HTTP/2 connection although it cannot be written: frames that wait there are counted, and many
 /// small ones of one slow reader would end the connection of everybody. Small chunks are put together here.
-#[derive(Default)]
-struct Waiting {
+struct Waiting<'a> {
     chunks: VecDeque<Bytes>,
     small: BytesMut,
+    len: usize,
+    budget: &'a Budget,
 }
 
-impl Waiting {
+impl<'a> Waiting<'a> {
     const SMALL: usize = 2 * 1024;
 
-    fn push(&mut self, chunk: Bytes) {
+    fn new(budget: &'a Budget) -> Waiting<'a> {
+        Waiting { chunks: VecDeque::new(), small: BytesMut::new(), len: 0, budget }
+    }
+
+    fn push(&mut self, chunk: Bytes) -> Result<(), Broken> {
         if chunk.is_empty() {
-            return;
+            return Ok(());
+        }
+        self.len += chunk.len();
+        let held = self.budget.held.fetch_add(chunk.len(), Ordering::Relaxed) + chunk.len();
+        if held > self.budget.limit && self.len > Budget::ALWAYS {
+            return Err(Broken::Unread(held));
         }
         if chunk.len() < Self::SMALL && !(self.is_empty()) {
             self.small.extend_from_slice(&chunk);
             if self.small.len() >= LARGEST_CHUNK {
                 self.chunks.push_back(self.small.split().freeze());
             }
-            return;
+            return Ok(());
         }
         if !self.small.is_empty() {
             self.chunks.push_back(self.small.split().freeze());
         }
         self.chunks.push_back(chunk);
+        Ok(())
     }
 
     fn front(&mut self) -> Option<&Bytes> {
@@ -267,6 +309,8 @@ impl Waiting {
     fn advance(&mut self, written: usize) {
         let front = self.chunks.front_mut().expect("written from the front chunk");
         front.advance(written);
+        self.len -= written;
+        self.budget.held.fetch_sub(written, Ordering::Relaxed);
         if front.is_empty() {
             self.chunks.pop_front();
         }
@@ -274,6 +318,12 @@ impl Waiting {
 
     fn is_empty(&self) -> bool {
         self.chunks.is_empty() && self.small.is_empty()
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.budget.held.fetch_sub(self.len, Ordering::Relaxed);
     }
 }
 
@@ -295,14 +345,16 @@ mod tests {
 
     #[test]
     fn waiting_keeps_order_and_merges_small_chunks() {
-        let mut waiting = Waiting::default();
+        let budget = Budget::new(1 << 30);
+        let mut waiting = Waiting::new(&budget);
         let mut expected = Vec::new();
         for n in 0..100_000_u32 {
             let chunk = n.to_be_bytes().repeat(if n % 1000 == 0 { 1024 } else { 1 });
             expected.extend_from_slice(&chunk);
-            waiting.push(chunk.into());
+            waiting.push(chunk.into()).unwrap();
         }
         assert!(waiting.chunks.len() < 300, "{} chunks", waiting.chunks.len());
+        assert_eq!(budget.held.load(Ordering::Relaxed), expected.len());
         let mut taken = Vec::new();
         while let Some(front) = waiting.front() {
             let part = front.len().min(1000);
@@ -310,5 +362,18 @@ mod tests {
             waiting.advance(part);
         }
         assert!(waiting.is_empty() && taken == expected);
+        assert_eq!(budget.held.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_spent_budget_ends_those_that_hold_much() {
+        let budget = Budget::new(1 << 20);
+        let mut greedy = Waiting::new(&budget);
+        let full = (0..1000).find(|_| greedy.push(vec![0; 10_000].into()).is_err());
+        assert_eq!(full, Some(104), "after a mebibyte");
+        let mut modest = Waiting::new(&budget);
+        assert!(modest.push(vec![0; 200_000].into()).is_ok(), "others still may hold a little");
+        drop(greedy);
+        assert_eq!(budget.held.load(Ordering::Relaxed), 200_000);
     }
 }

@@ -1,6 +1,7 @@
 //! HBONE, the tunnel's protocol: HTTP/2 CONNECT inside mutual TLS, one stream per connection of an application.
 //!
-//! Sizes are Istio's ztunnel's. Equal windows for stream and connection can deadlock, so the connection's is larger.
+//! Sizes are those of Istio's ztunnel but for the connection's window: ours lets every stream fill its own. A smaller one
+//! is used up by a few applications that do not read, and then nobody's bytes pass until they do.
 
 use std::fmt::Write as _;
 use std::hash::{BuildHasher, RandomState};
@@ -18,8 +19,8 @@ use super::view::Workload;
 
 /// Bytes that one stream may have under way.
 pub(super) const STREAM_WINDOW: u32 = 4 << 20;
-/// Bytes that all streams of a connection may have under way.
-pub(super) const CONNECTION_WINDOW: u32 = 16 << 20;
+/// Bytes that all streams of a connection may have under way. See [`super::copy::Budget`] for what bounds the sum.
+pub(super) const CONNECTION_WINDOW: u32 = CLIENT_STREAMS as u32 * STREAM_WINDOW;
 /// Longest frame we take.
 pub(super) const FRAME: u32 = 1 << 20;
 /// Longest header block we take.

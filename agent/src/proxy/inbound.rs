@@ -212,8 +212,16 @@ async fn carry(
         Err(error) => return Reason::new(ReasonKind::TunnelReset, error.to_string()),
     };
     connection.opened();
-    let ended =
-        both_ways(app, send, body, &connection.to_client, &connection.to_server, connection.was_cut()).await;
+    let ended = both_ways(
+        app,
+        send,
+        body,
+        &connection.to_client,
+        &connection.to_server,
+        tunnel.pod.unread(&tunnel.proxy.settings),
+        connection.was_cut(),
+    )
+    .await;
     drop(leg);
     ended.map_or_else(|broken| broken.into(), |()| Reason::new(ReasonKind::Finished, ""))
 }

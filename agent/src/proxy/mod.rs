@@ -20,7 +20,7 @@ mod tunnel;
 pub mod view;
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use rustls::ServerConfig;
@@ -44,13 +44,20 @@ pub struct Pod {
     pub netns: Arc<Netns>,
     live: Arc<Live>,
     server_config: Arc<ServerConfig>,
+    unread: OnceLock<copy::Budget>,
 }
 
 impl Pod {
     /// `live` holds the certificate of the workload's identity.
     pub fn new(workload: Arc<Workload>, netns: Arc<Netns>, live: Arc<Live>) -> Pod {
         let server_config = tls::server_config(live.clone());
-        Pod { workload, netns, live, server_config }
+        Pod { workload, netns, live, server_config, unread: OnceLock::new() }
+    }
+}
+
+impl Pod {
+    fn unread(&self, settings: &Settings) -> &copy::Budget {
+        self.unread.get_or_init(|| copy::Budget::new(settings.unread_bytes))
     }
 }
 
@@ -67,6 +74,8 @@ pub struct Settings {
     pub outbound_connections: usize,
     /// Tunnels (not streams) per workload; more wait in the listener's queue.
     pub inbound_tunnels: usize,
+    /// Bytes per workload that arrived for its applications and that they do not read.
+    pub unread_bytes: usize,
     /// For one TCP connect, of a tunnel or to an application.
     pub connect_timeout: Duration,
     /// For a TLS handshake, so that silent peers cannot hold tunnels.
@@ -87,6 +96,7 @@ impl Default for Settings {
         Settings {
             outbound_connections: 10_000,
             inbound_tunnels: 4_096,
+            unread_bytes: 512 << 20,
             connect_timeout: Duration::from_secs(10),
             handshake_timeout: Duration::from_secs(10),
             idle_close: Duration::from_secs(300),

@@ -97,6 +97,7 @@ async fn carry(proxy: &Proxy, pod: &Arc<Pod>, connection: &Registered, app: AppS
         stream.recv,
         &connection.to_server,
         &connection.to_client,
+        pod.unread(&proxy.settings),
         connection.was_cut(),
     )
     .await;

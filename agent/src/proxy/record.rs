@@ -69,6 +69,8 @@ pub enum ReasonKind {
     Dial,
     /// The other agent sent a request that makes no sense.
     BadRequest,
+    /// The workload leaves too much unread.
+    Memory,
     /// The kernel could not be told, or did not know.
     Datapath,
 }
@@ -87,6 +89,7 @@ impl ReasonKind {
             ReasonKind::Tunnel => "tunnel",
             ReasonKind::Dial => "dial",
             ReasonKind::BadRequest => "bad_request",
+            ReasonKind::Memory => "memory",
             ReasonKind::Datapath => "datapath",
         }
     }

@@ -1,4 +1,6 @@
 //! The proxy with real sockets, real TLS and real network namespaces. Needs root.
 
+mod living;
 mod patterns;
+mod refusals;
 mod world;

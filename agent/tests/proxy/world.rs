@@ -270,11 +270,10 @@ fn host(ca: &Ca, netns: Netns, name: &str, addresses: [&str; 2]) -> Host {
     Host { netns: Arc::new(netns), workload: Arc::new(workload), live: ca.live(&identity, HOUR), proxy: None }
 }
 
-/// A new network namespace with loopback up; it lives as long as somebody holds it.
+/// A new network namespace, loopback down as the kernel makes it; it lives as long as somebody holds it.
 pub(crate) fn namespace() -> Netns {
     std::thread::spawn(|| {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("needs root");
-        ip("link set lo up");
         Netns::open(&PathBuf::from("/proc/thread-self/ns/net")).unwrap()
     })
     .join()
@@ -298,6 +297,7 @@ fn pair() -> (Netns, Netns) {
         });
         let other = told.recv().unwrap();
         a.run(|| {
+            ip("link set lo up");
             ip(&format!("link add eth0 type veth peer name eth0 netns {other}"));
             ip("addr add 10.99.0.1/24 dev eth0");
             ip("addr add fd99::1/64 dev eth0 nodad");
@@ -305,6 +305,7 @@ fn pair() -> (Netns, Netns) {
         })
         .unwrap();
         b.run(|| {
+            ip("link set lo up");
             ip("addr add 10.99.0.2/24 dev eth0");
             ip("addr add fd99::2/64 dev eth0 nodad");
             ip("link set eth0 up");

@@ -132,8 +132,11 @@ impl Admin for Service {
                     return;
                 }
             }
+            if !follow {
+                return;
+            }
             let mut lost = 0;
-            while follow {
+            loop {
                 let next = tokio::select! {
                     next = live.recv() => next,
                     () = sender.closed() => return,

@@ -36,11 +36,10 @@ pub fn compile(model: &Model, numbers: &Numbers) -> Tables {
         numbers.iter().map(|(identity, number)| (identity, *number)).collect();
     let sources = Sources::new(&numbered);
     let enrolled: BTreeSet<Arc<Identity>> = model.identities().into_iter().collect();
-    let mut pods = Pods::new(model);
     let mut shared: BTreeMap<Profile<'_>, Vec<ClassRows>> = BTreeMap::new();
     let mut entries = Vec::new();
     for (identity, number) in numbered.iter().filter(|(identity, _)| enrolled.contains(*identity)) {
-        let profile = Profile::new(model, identity, pods.take(identity));
+        let profile = Profile::new(model, identity);
         tables.subjects.insert(SubjectKey { bank: 0, identity: *number }, profile.subject(&classes));
         for (port, mode) in profile.ports.iter().filter(|(_, mode)| **mode != profile.mode) {
             let key = ModeKey { bank: 0, identity: *number, port: *port, pad: 0 };
@@ -70,9 +69,9 @@ struct Profile<'a> {
     blocked: Option<crate::ObjectRef>,
     mode: ModeBy<'a>,
     ports: BTreeMap<u16, ModeBy<'a>>,
-    probes: BTreeSet<u16>,
+    probes: &'a BTreeSet<u16>,
     /// Empty unless a policy looks at the destination's address.
-    addresses: Vec<IpAddr>,
+    addresses: &'a [IpAddr],
 }
 
 /// A verdict and its rule, before rules have numbers.
@@ -89,7 +88,7 @@ struct ClassRows {
 }
 
 impl<'a> Profile<'a> {
-    fn new(model: &'a Model, identity: &Identity, (probes, addresses): (BTreeSet<u16>, Vec<IpAddr>)) -> Self {
+    fn new(model: &'a Model, identity: &'a Identity) -> Self {
         let policies: Vec<usize> = model.authorization_indexes(identity).collect();
         let by_address = |index: &usize| {
             let rules = &model.authorization[*index].policy.rules;
@@ -100,8 +99,8 @@ impl<'a> Profile<'a> {
             blocked: model.blocked_by(identity).map(|blocked| blocked_object(blocked.object.as_ref())),
             mode: (modes.mode.0 as u32, modes.mode.1),
             ports: modes.ports.iter().map(|(port, (mode, by))| (*port, (*mode as u32, *by))).collect(),
-            probes,
-            addresses: if policies.iter().any(by_address) { addresses } else { Vec::new() },
+            probes: model.probe_ports(identity),
+            addresses: if policies.iter().any(by_address) { model.addresses(identity) } else { &[] },
             policies,
         }
     }
@@ -130,7 +129,7 @@ impl<'a> Profile<'a> {
         let tests = self.policies(model).flat_map(|(_, policy)| &policy.rules).flat_map(|rule| rule.tests());
         let mut ports: BTreeSet<u16> =
             tests.filter_map(|test| if let Test::Port(port) = test { Some(*port) } else { None }).collect();
-        ports.extend(self.ports.keys().chain(&self.probes));
+        ports.extend(self.ports.keys().chain(self.probes));
         let last = if self.by_class(classes) { classes.list.len() as u32 } else { 0 };
         (0..=last).map(|class| self.class_rows(model, classes, sources, class, &ports)).collect()
     }
@@ -188,7 +187,7 @@ impl<'a> Profile<'a> {
             source: id,
             trust_domain: &model.settings.trust_domain,
             source_in: &|cidr| classes.within(class, cidr),
-            destination: &self.addresses,
+            destination: self.addresses,
             port,
         };
         let mut best = [(Match::No, None), (Match::No, None)];
@@ -304,27 +303,6 @@ impl Classes {
     }
 }
 
-/// Probe ports and addresses by identity, gathered once.
-struct Pods {
-    by_identity: BTreeMap<Arc<Identity>, (BTreeSet<u16>, Vec<IpAddr>)>,
-}
-
-impl Pods {
-    fn new(model: &Model) -> Self {
-        let mut by_identity: BTreeMap<Arc<Identity>, (BTreeSet<u16>, Vec<IpAddr>)> = BTreeMap::new();
-        for workload in model.workloads.iter().filter(|workload| workload.enrolled) {
-            let (probes, addresses) = by_identity.entry(workload.identity.clone()).or_default();
-            probes.extend(&workload.probe_ports);
-            addresses.extend(&workload.addresses);
-        }
-        Pods { by_identity }
-    }
-
-    fn take(&mut self, identity: &Arc<Identity>) -> (BTreeSet<u16>, Vec<IpAddr>) {
-        self.by_identity.remove(identity).unwrap_or_default()
-    }
-}
-
 fn endpoints(model: &Model, numbers: &Numbers, tables: &mut Tables) {
     for workload in model.workloads.iter().filter(|workload| workload.enrolled) {
         for ip in &workload.addresses {
@@ -337,7 +315,7 @@ fn endpoints(model: &Model, numbers: &Numbers, tables: &mut Tables) {
             }
         }
     }
-    tables.inside.extend(model.contested.iter().map(|ip| Cidr::host(*ip)));
+    tables.inside.extend(model.refused_addresses().iter().map(|ip| Cidr::host(*ip)));
 }
 
 fn services(model: &Model, tables: &mut Tables) {

@@ -92,12 +92,11 @@ impl Model {
                 "enrol the source, or make the port PERMISSIVE in a PeerAuthentication".into(),
             );
         }
-        let addresses = self.addresses(destination);
         let facts = Facts {
             source: id,
             trust_domain: &self.settings.trust_domain,
             source_in: &|cidr| cidr.contains(flow.source_addr),
-            destination: &addresses,
+            destination: self.addresses(destination),
             port: flow.port,
         };
         let (allow, deny): (Vec<_>, Vec<_>) =
@@ -127,7 +126,11 @@ impl Model {
         };
         match (denied.0, allowed.0) {
             (_, Match::No) => {
-                let wanted = format!("an ALLOW rule for {} to port {}", describe(flow), flow.port);
+                let wanted = format!(
+                    "an ALLOW rule with {} and to.operation.ports [\"{}\"]",
+                    describe(flow),
+                    flow.port
+                );
                 match first {
                     None => deny(
                         None,
@@ -136,8 +139,9 @@ impl Model {
                     ),
                     Some(named) => {
                         let object = named.object.clone();
-                        let reason =
-                            format!("{object} and its like allow only what they name, and no rule matches");
+                        let reason = format!(
+                            "no rule of the destination's ALLOW policies matches; the first is {object}"
+                        );
                         deny(
                             Some(RuleRef { object, action: RuleAction::NoneAllowed, index: None }),
                             reason,
@@ -185,9 +189,9 @@ fn best(policies: &[&Named<AuthorizationPolicy>], facts: &Facts<'_>) -> Best {
 
 fn describe(flow: &Flow<'_>) -> String {
     match flow.source {
-        Peer::Workload(id) => format!("principal {:?}", id.principal()),
+        Peer::Workload(id) => format!("from.source.principals [{:?}]", id.principal()),
         Peer::Anonymous | Peer::Node => {
-            format!("ipBlock {:?} (the source has no proven identity)", flow.source_addr)
+            format!("from.source.ipBlocks [\"{}\"] (the source has no proven identity)", flow.source_addr)
         }
     }
 }

@@ -3,7 +3,7 @@
 use super::{Blocked, Identity, Model, Named, Service, ServicePort, Settings, SpiffeId, Workload};
 use crate::error::{ObjectRef, Origin, Problem, Severity};
 use crate::source::core::{self, Balance, TargetPort};
-use crate::source::{Object, Reach, Spec};
+use crate::source::{Broken, Object, Reach, Spec};
 use crate::store::ObjectStore;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -17,10 +17,8 @@ impl Model {
         let objects = unique(store, &mut model.problems);
         for broken in store.broken() {
             // A version of it in another file counts as its former one.
-            let known = broken.object.as_ref().is_some_and(|name| objects.contains_key(name));
-            if let Some(reach) = broken.policy.clone().filter(|_| !known) {
-                let (object, origin) = (broken.object.clone(), broken.origin.clone());
-                model.block(object, origin, reach);
+            if !broken.object.as_ref().is_some_and(|name| objects.contains_key(name)) {
+                model.refuse(broken);
             }
         }
         let mut interned: HashMap<Identity, Arc<Identity>> = HashMap::new();
@@ -73,13 +71,28 @@ impl Model {
         self.problems.push(Problem { origin, severity, object: name, field: field.into(), message });
     }
 
+    /// Something that cannot be read refuses what it may have been about.
+    fn refuse(&mut self, broken: &Broken) {
+        if let Some(reach) = broken.policy.clone() {
+            self.block(broken.object.clone(), broken.origin.clone(), reach);
+        }
+        if !broken.addresses.is_empty() {
+            self.refused.extend(&broken.addresses);
+            let list: Vec<_> = broken.addresses.iter().map(IpAddr::to_string).collect();
+            let message = format!("connections to {} are refused until it can be read", list.join(", "));
+            let (origin, object) = (broken.origin.clone(), broken.object.clone());
+            let (severity, field) = (Severity::Warning, String::new());
+            self.problems.push(Problem { origin, severity, object, field, message });
+        }
+    }
+
     fn block(&mut self, object: Option<ObjectRef>, origin: Origin, mut reach: Reach) {
         reach.namespace = reach.namespace.filter(|namespace| *namespace != self.settings.root_namespace);
         let whom = match &reach.namespace {
             None => "the whole mesh".to_owned(),
             Some(namespace) => format!("namespace {namespace}"),
         };
-        let only = if reach.selector.is_empty() { "every workload" } else { "the selected workloads" };
+        let only = if reach.selector.is_empty() { "all workloads" } else { "the selected workloads" };
         let message = format!("{only} of {whom} refuse all traffic until this policy can be enforced");
         let problem = Problem {
             origin: origin.clone(),
@@ -145,15 +158,20 @@ impl Model {
                             field: "status.podIP".into(),
                             message,
                         });
-                        self.contested.insert(addr);
+                        self.refused.insert(addr);
                     }
                 }
             }
         }
-        owner.retain(|addr, _| !self.contested.contains(addr));
+        owner.retain(|addr, _| !self.refused.contains(addr));
         self.by_address = owner;
         for workload in &mut self.workloads {
-            workload.addresses.retain(|addr| workload.host_network || !self.contested.contains(addr));
+            workload.addresses.retain(|addr| workload.host_network || !self.refused.contains(addr));
+        }
+        for workload in self.workloads.iter().filter(|workload| workload.enrolled) {
+            let pods = self.by_identity.entry(workload.identity.clone()).or_default();
+            pods.probe_ports.extend(&workload.probe_ports);
+            pods.addresses.extend(&workload.addresses);
         }
     }
 

@@ -111,6 +111,13 @@ impl<'a> Modes<'a> {
     }
 }
 
+/// What the enrolled pods of one identity have together.
+#[derive(Clone, Debug, Default)]
+struct Pods {
+    probe_ports: BTreeSet<u16>,
+    addresses: Vec<IpAddr>,
+}
+
 /// The resolved mesh. Immutable once made.
 #[derive(Clone, Debug, Default)]
 pub struct Model {
@@ -122,8 +129,9 @@ pub struct Model {
     /// Oldest first.
     pub(crate) authentication: Vec<Named<PeerAuthentication>>,
     pub(crate) blocked: Vec<Blocked>,
-    /// Addresses that more than one workload claims.
-    pub(crate) contested: BTreeSet<IpAddr>,
+    /// Addresses that belong to the mesh, and to nobody whom a policy could name.
+    refused: BTreeSet<IpAddr>,
+    by_identity: BTreeMap<Arc<Identity>, Pods>,
     by_address: BTreeMap<IpAddr, usize>,
     problems: Vec<Problem>,
 }
@@ -173,9 +181,12 @@ impl Model {
 
     /// Identities of all enrolled workloads, sorted, each once.
     pub fn identities(&self) -> Vec<Arc<Identity>> {
-        let set: BTreeSet<_> =
-            self.workloads.iter().filter(|w| w.enrolled).map(|w| w.identity.clone()).collect();
-        set.into_iter().collect()
+        self.by_identity.keys().cloned().collect()
+    }
+
+    /// Addresses that must not be reached: claimed by two workloads, or of a pod or service that cannot be read.
+    pub fn refused_addresses(&self) -> &BTreeSet<IpAddr> {
+        &self.refused
     }
 
     /// Authorization policies in force for a destination, in order.
@@ -240,15 +251,18 @@ impl Model {
     }
 
     /// Ports that the node may reach whatever policy says: those that any pod of this identity declares as probes.
-    pub fn probe_ports(&self, destination: &Identity) -> BTreeSet<u16> {
-        let pods = self.workloads.iter().filter(|w| w.enrolled && *w.identity == *destination);
-        pods.flat_map(|w| w.probe_ports.iter().copied()).collect()
+    pub fn probe_ports(&self, destination: &Identity) -> &BTreeSet<u16> {
+        &self.pods(destination).probe_ports
     }
 
     /// Addresses of all pods of this identity.
-    pub fn addresses(&self, destination: &Identity) -> Vec<IpAddr> {
-        let pods = self.workloads.iter().filter(|w| w.enrolled && *w.identity == *destination);
-        pods.flat_map(|w| w.addresses.iter().copied()).collect()
+    pub fn addresses(&self, destination: &Identity) -> &[IpAddr] {
+        &self.pods(destination).addresses
+    }
+
+    fn pods(&self, destination: &Identity) -> &Pods {
+        static NONE: Pods = Pods { probe_ports: BTreeSet::new(), addresses: Vec::new() };
+        self.by_identity.get(destination).unwrap_or(&NONE)
     }
 }
 

@@ -187,7 +187,7 @@ pub(super) fn pod(meta: &Meta, spec: Option<At<'_>>, status: Option<At<'_>>, out
             pod.ready &= !(is("type", "Ready") && is("status", "False"));
         }
     }
-    if pod.addresses.is_empty() && !pod.finished {
+    if pod.addresses.is_empty() && !pod.finished && !out.refused() {
         let message = "the pod has no address, so nothing can reach it through the mesh; set status.podIP";
         out.add(Severity::Warning, meta.origin.line, "status.podIP", message);
     }

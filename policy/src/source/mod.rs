@@ -17,6 +17,7 @@ use crate::error::{ObjectRef, Origin, Problem, Severity};
 use fields::{At, Findings};
 use kind::Treatment;
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 use yaml::Node;
 
@@ -67,6 +68,8 @@ pub struct Broken {
     pub origin: Origin,
     /// Would it have restricted traffic? Then what it selects is refused until it is repaired.
     pub policy: Option<Reach>,
+    /// Addresses of a pod or service, which are refused until it is repaired.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// Which workloads a policy that cannot be read would have selected, or more.
@@ -99,7 +102,12 @@ pub fn parse(file: &str, text: &str) -> Parsed {
         let origin = Origin { file, document: 1, line: 1 };
         let message = format!("the file is larger than {MAX_FILE} bytes; split it");
         parsed.refuse(origin.clone(), None, "", &message);
-        parsed.outcomes.push(Outcome::Broken(Broken { object: None, origin, policy: scan(text).1 }));
+        parsed.outcomes.push(Outcome::Broken(Broken {
+            object: None,
+            origin,
+            policy: scan(text).1,
+            addresses: Vec::new(),
+        }));
         return parsed;
     }
     for (index, (line, text)) in yaml::documents(text).into_iter().enumerate() {
@@ -110,7 +118,8 @@ pub fn parse(file: &str, text: &str) -> Parsed {
                 let (object, policy) = scan(&text);
                 let at = Origin { line: error.line, ..origin.clone() };
                 parsed.refuse(at, object.clone(), "", &error.message);
-                parsed.outcomes.push(Outcome::Broken(Broken { object, origin, policy }));
+                let addresses = Vec::new();
+                parsed.outcomes.push(Outcome::Broken(Broken { object, origin, policy, addresses }));
             }
         }
     }
@@ -128,9 +137,9 @@ fn document(node: &Node, origin: Origin, parsed: &mut Parsed) {
     let text = |name| node.get(name).and_then(Node::text).filter(|text| !text.is_empty());
     let (Some(version), Some(kind)) = (text("apiVersion"), text("kind")) else {
         let message = "not an object: a document needs apiVersion and kind";
-        let policy = text("apiVersion").filter(|v| kind::is_policy(v, "")).map(|_| reach(node, &None));
+        let policy = text("apiVersion").filter(|v| kind::is_policy(v, "")).map(|_| reach(node, "", &None));
         parsed.refuse(origin.clone(), None, "", message);
-        parsed.outcomes.push(Outcome::Broken(Broken { object: None, origin, policy }));
+        parsed.outcomes.push(Outcome::Broken(Broken { object: None, origin, policy, addresses: Vec::new() }));
         return;
     };
     let object = name(node, kind);
@@ -161,8 +170,8 @@ fn document(node: &Node, origin: Origin, parsed: &mut Parsed) {
     parsed.outcomes.push(match read {
         Some(object) if !refused => Outcome::Object(Arc::new(object)),
         _ => {
-            let policy = kind::is_policy(version, kind).then(|| reach(node, &object));
-            Outcome::Broken(Broken { object, origin, policy })
+            let policy = kind::is_policy(version, kind).then(|| reach(node, kind, &object));
+            Outcome::Broken(Broken { object, origin, policy, addresses: addresses(node, kind) })
         }
     });
 }
@@ -223,9 +232,9 @@ fn plain_name(at: &At<'_>, out: &mut Findings) {
     }
 }
 
-/// What a policy that does not read would have selected. Its namespace and a selector of equal labels are believed;
-/// anything else widens to the namespace.
-fn reach(node: &Node, object: &Option<ObjectRef>) -> Reach {
+/// What a policy that does not read would have selected. Its namespace is believed, and a selector of equal labels
+/// where the kind selects pods by them; anything else widens to the namespace.
+fn reach(node: &Node, kind: &str, object: &Option<ObjectRef>) -> Reach {
     let namespace =
         || node.get("metadata").and_then(|m| m.get("namespace")).and_then(Node::text).unwrap_or("default");
     let namespace = match object {
@@ -233,43 +242,69 @@ fn reach(node: &Node, object: &Option<ObjectRef>) -> Reach {
         Some(object) => Some(object.namespace.clone()),
         None => Some(namespace().into()),
     };
-    let spec = node.get("spec");
-    let selector = ["selector", "podSelector", "endpointSelector"].iter().find_map(|name| spec?.get(name));
-    let mut out = Findings::default();
-    let labels = match selector {
-        Some(at) if at.get("matchExpressions").is_none() => {
-            at.get("matchLabels").map(|labels| At::new(labels, "").labels(&mut out)).unwrap_or_default()
-        }
-        _ => Selector::new(),
+    let name = match kind {
+        "AuthorizationPolicy" | "PeerAuthentication" | "RequestAuthentication" => "selector",
+        "NetworkPolicy" => "podSelector",
+        _ => return Reach { namespace, selector: Selector::new() },
     };
-    Reach { namespace, selector: if out.refused() { Selector::new() } else { labels } }
+    let selector =
+        node.get("spec").and_then(|spec| spec.get(name)).filter(|at| at.get("matchExpressions").is_none());
+    let mut out = Findings::default();
+    let labels =
+        selector.and_then(|at| at.get("matchLabels")).map(|labels| At::new(labels, "").labels(&mut out));
+    Reach { namespace, selector: labels.filter(|_| !out.refused()).unwrap_or_default() }
+}
+
+/// The addresses that a broken pod or service shows all the same.
+fn addresses(node: &Node, kind: &str) -> Vec<IpAddr> {
+    let fields: &[&str] = match kind {
+        "Pod" => &["status", "podIP", "podIPs"],
+        "Service" => &["spec", "clusterIP", "clusterIPs"],
+        _ => return Vec::new(),
+    };
+    let Some(block) = node.get(fields[0]) else { return Vec::new() };
+    let list = match block.get(fields[2]).map(|node| &node.value) {
+        Some(yaml::Value::Sequence(items)) => &items[..],
+        _ => &[],
+    };
+    let texts = list.iter().filter_map(|item| item.get("ip").unwrap_or(item).text());
+    let texts = texts.chain(block.get(fields[1]).and_then(Node::text));
+    let addrs = texts.filter_map(|text| text.parse::<IpAddr>().ok()).map(|addr| addr.to_canonical());
+    addrs.filter(|addr| !addr.is_unspecified() && !addr.is_loopback()).collect()
 }
 
 /// Looks for kind and name in a text that is not YAML. A text whose kind is a policy's, or whose kind is unreadable
 /// below a policy's apiVersion, refuses its whole namespace; without a readable one, the namespace `default`.
 fn scan(text: &str) -> (Option<ObjectRef>, Option<Reach>) {
     let top = |key: &str| text.lines().find_map(|line| value(line, key));
-    let metadata = || text.lines().skip_while(|line| !line.starts_with("metadata:"));
-    let inner = |key: &str| {
-        let block = metadata().skip(1).take_while(|line| line.is_empty() || line.starts_with([' ', '#']));
-        let mut indent = None;
-        block.into_iter().find_map(|line| {
-            let depth = line.len() - line.trim_start().len();
-            (!line.trim().is_empty() && *indent.get_or_insert(depth) == depth)
-                .then(|| value(line.trim_start(), key))?
-        })
-    };
     let (version, kind) = (top("apiVersion").unwrap_or_default(), top("kind").unwrap_or_default());
     let spaced = kind::has_namespace(kind);
-    let namespace: Arc<str> = if spaced { inner("namespace").unwrap_or("default") } else { "" }.into();
+    let namespace: Arc<str> =
+        if spaced { metadata(text, "namespace").unwrap_or("default") } else { "" }.into();
     let policy = kind::is_policy(version, kind)
         .then(|| Reach { namespace: spaced.then(|| namespace.clone()), selector: Selector::new() });
-    let name = inner("name").filter(|_| !kind.is_empty());
+    let name = metadata(text, "name").filter(|_| !kind.is_empty());
     (name.map(|name| ObjectRef { kind: kind.into(), namespace, name: name.into() }), policy)
+}
+
+/// A field of `metadata`, written below it or beside it in braces.
+fn metadata<'a>(text: &'a str, key: &str) -> Option<&'a str> {
+    let mut lines = text.lines().skip_while(|line| !line.starts_with("metadata:"));
+    let inline = lines.next()?.trim_start_matches("metadata:").trim();
+    if let Some(inner) = inline.strip_prefix('{') {
+        return inner.split([',', '{', '}']).find_map(|part| value(part.trim(), key));
+    }
+    let block = lines.take_while(|line| line.trim().is_empty() || line.starts_with([' ', '#']));
+    let mut indent = None;
+    block.filter(|line| !line.trim().is_empty() && !line.trim_start().starts_with('#')).find_map(|line| {
+        let depth = line.len() - line.trim_start().len();
+        (*indent.get_or_insert(depth) == depth).then(|| value(line.trim_start(), key))?
+    })
 }
 
 /// The value of `key: value` at the begin of a line.
 fn value<'a>(line: &'a str, key: &str) -> Option<&'a str> {
-    let value = line.strip_prefix(key)?.strip_prefix(':')?.trim().trim_matches(['"', '\'']);
-    Some(value.split(" #").next().unwrap_or(value).trim()).filter(|value| !value.is_empty())
+    let value = line.strip_prefix(key)?.strip_prefix(':')?;
+    let value = value.split(" #").next().unwrap_or(value).trim().trim_matches(['"', '\'']);
+    Some(value).filter(|value| !value.is_empty())
 }

@@ -5,7 +5,7 @@
 //! `c-forbidden`). Depth and size are bounded; aliases are copied and count, so they cannot multiply without limit.
 
 use saphyr_parser::{Event, Parser, ScalarStyle};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// Deepest nesting of one document.
 pub const MAX_DEPTH: usize = 64;
@@ -59,7 +59,7 @@ pub(crate) struct SyntaxError {
 pub(crate) fn documents(text: &str) -> Vec<(u32, String)> {
     let mut found = Vec::new();
     let (mut start, mut current) = (1, String::new());
-    for (index, line) in text.split('\n').enumerate() {
+    for (index, line) in text.trim_start_matches('\u{feff}').split('\n').enumerate() {
         let marker = |mark: &str| {
             line.strip_prefix(mark).filter(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r']))
         };
@@ -109,6 +109,8 @@ struct Open {
     node: Node,
     anchor: usize,
     key: Option<String>,
+    /// Keys so far: looking for a second one must not cost the length of the mapping.
+    seen: HashSet<String>,
 }
 
 #[derive(Default)]
@@ -163,7 +165,7 @@ impl Tree {
             return Err(format!("nested deeper than {MAX_DEPTH} levels"));
         }
         self.count(1)?;
-        self.open.push(Open { node: Node { line, value }, anchor, key: None });
+        self.open.push(Open { node: Node { line, value }, anchor, key: None, seen: HashSet::new() });
         Ok(())
     }
 
@@ -184,7 +186,7 @@ impl Tree {
                     Value::Scalar { text, .. } => open.key = Some(text),
                     _ => return Err("a key must be a plain text".into()),
                 },
-                Some(key) if entries.iter().any(|(name, _)| *name == key) => {
+                Some(key) if !open.seen.insert(key.clone()) => {
                     return Err(format!("{key:?} is given twice in one mapping"));
                 }
                 Some(key) => entries.push((key, node)),

@@ -1,0 +1,210 @@
+//! Every kind of bad input is one clear sentence with file, line, document, object and field.
+
+use weft_policy::{ObjectStore, Settings, Severity};
+
+/// All problems of one file but notes, as the user reads them.
+fn check(text: &str) -> Vec<String> {
+    let mut store = ObjectStore::new();
+    store.apply("f.yaml", text);
+    let problems = store.check(Settings::default());
+    problems.iter().filter(|p| p.severity != Severity::Note).map(|p| p.to_string()).collect()
+}
+
+#[track_caller]
+fn says(text: &str, expected: &[&str]) {
+    assert_eq!(check(text), expected);
+}
+
+const POD: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nstatus: {podIP: 10.0.0.1}\n";
+
+#[test]
+fn unparsable_yaml_costs_one_document() {
+    let text = format!("{POD}---\na: [1\n---\n{}", POD.replace("name: p", "name: q"));
+    let problems = check(&text);
+    assert_eq!(problems.len(), 2, "{problems:?}");
+    assert!(problems[0].starts_with("f.yaml:7: error: document 2: not YAML: "), "{problems:?}");
+    assert!(problems[1].contains("Pod default/q, status.podIP: 10.0.0.1 is also"), "{problems:?}");
+}
+
+#[test]
+fn missing_version_kind_or_name() {
+    let sentence = "f.yaml:1: error: document 1: not an object: a document needs apiVersion and kind";
+    says("kind: Pod\nmetadata: {name: p}\n", &[sentence]);
+    says("apiVersion: v1\n", &[sentence]);
+    says("just a text", &[sentence]);
+    says(
+        "apiVersion: v1\nkind: Pod\nmetadata: {}\n",
+        &["f.yaml:1: error: document 1, metadata.name: the object has no name"],
+    );
+}
+
+#[test]
+fn unknown_kinds_versions_and_fields() {
+    says(
+        "apiVersion: v1\nkind: Pot\nmetadata: {name: p}\n",
+        &["f.yaml:1: error: document 1, Pot default/p, kind: no kind \"Pot\" is known in apiVersion \"v1\""],
+    );
+    says(
+        "apiVersion: security.istio.io/v9\nkind: PeerAuthentication\nmetadata: {name: p, namespace: n}\n",
+        &[
+            "f.yaml:1: error: document 1, PeerAuthentication n/p: all workloads of namespace n refuse all traffic \
+             until this policy can be enforced",
+            "f.yaml:1: error: document 1, PeerAuthentication n/p, kind: PeerAuthentication of version \"v9\" is not \
+             known; use v1 or v1beta1",
+        ],
+    );
+    says(
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec:\n  hostnetwork: true\nstatus: {podIP: 10.0.0.1}\n",
+        &[
+            "f.yaml:1: warning: document 1, Pod default/p: connections to 10.0.0.1 are refused until it can be read",
+            "f.yaml:5: error: document 1, Pod default/p, spec.hostnetwork: no such field; is \"hostNetwork\" meant?",
+        ],
+    );
+}
+
+#[test]
+fn a_field_is_named_by_its_whole_path() {
+    let text = "
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: a, namespace: n}
+spec:
+  selector: {matchLabels: {app: x}}
+  rules:
+  - from:
+    - source: {ipBlocks: [10.0.0.0/8, 10.0.0.0/40]}
+    - source: {}
+    to:
+    - operation: {ports: [\"0\", http], pots: []}
+    when:
+    - {key: source.port, values: [x]}
+    - {key: connection.sni, values: [x]}
+    - {values: [x]}
+    - {key: source.ip}
+";
+    let name = "document 1, AuthorizationPolicy n/a";
+    let rule = format!("{name}, spec.rules[0]");
+    says(
+        text,
+        &[
+            &format!(
+                "f.yaml:2: error: {name}: the selected workloads of namespace n refuse all traffic until this policy \
+                 can be enforced"
+            ),
+            &format!(
+                "f.yaml:9: error: {rule}.from[0].source.ipBlocks[1]: \"10.0.0.0/40\" is no address range; write it as \
+                 10.1.0.0/16, 2001:db8::/32 or a single address"
+            ),
+            &format!(
+                "f.yaml:10: error: {rule}.from[1].source: an empty `source` is ambiguous; name what it must match, or \
+                 leave it out"
+            ),
+            &format!(
+                "f.yaml:12: error: {rule}.to[0].operation.ports[0]: expected a number from 1 to 65535, found \"0\""
+            ),
+            &format!(
+                "f.yaml:12: error: {rule}.to[0].operation.ports[1]: expected a number from 1 to 65535, found \"http\""
+            ),
+            &format!("f.yaml:12: error: {rule}.to[0].operation.pots: no such field"),
+            &format!("f.yaml:14: error: {rule}.when[0].key: no condition is called \"source.port\""),
+            &format!(
+                "f.yaml:15: error: {rule}.when[1].key: condition \"connection.sni\" is not enforceable yet"
+            ),
+            &format!("f.yaml:16: error: {rule}.when[2]: `key` is missing"),
+            &format!("f.yaml:17: error: {rule}.when[3]: `values` or `notValues` is missing"),
+        ],
+    );
+}
+
+#[test]
+fn addresses() {
+    let text = format!("{POD}---\n{}", POD.replace("name: p", "name: q"));
+    says(
+        &text,
+        &[
+            "f.yaml:6: error: document 2, Pod default/q, status.podIP: 10.0.0.1 is also the address of Pod default/p; \
+           the address is refused until one gives it up",
+        ],
+    );
+    says(
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\n",
+        &[
+            "f.yaml:1: warning: document 1, Pod default/p, status.podIP: the pod has no address, so nothing can reach it \
+           through the mesh; set status.podIP",
+        ],
+    );
+    says(
+        &POD.replace("10.0.0.1", "10.0.0.256"),
+        &[
+            "f.yaml:4: error: document 1, Pod default/p, status.podIP: \"10.0.0.256\" is no address of a workload; write \
+           one IPv4 or IPv6 address",
+        ],
+    );
+}
+
+#[test]
+fn a_netns_annotation_is_an_absolute_path() {
+    for path in ["netns/x", "/run/../etc", "/", ""] {
+        let text = POD.replace("name: p", &format!("name: p, annotations: {{weft.dev/netns: \"{path}\"}}"));
+        let problems = check(&text);
+        assert!(
+            problems
+                .iter()
+                .any(|p| p.contains("metadata.annotations[weft.dev/netns]") && p.contains("is no path")),
+            "{path}: {problems:?}"
+        );
+    }
+}
+
+#[test]
+fn a_duplicate_says_where_the_first_is() {
+    let problems = check(&format!("{POD}---\n{POD}"));
+    assert_eq!(
+        problems,
+        [
+            "f.yaml:6: error: document 2, Pod default/p, metadata.name: given before, in f.yaml line 1 (document 1), \
+          which counts; remove one"
+        ]
+    );
+}
+
+#[test]
+fn probes_and_ports() {
+    let probe = |port: &str| {
+        check(&POD.replace(
+            "status",
+            &format!(
+                "spec: {{containers: [{{ports: [{{name: http, containerPort: 80}}], livenessProbe: {{httpGet: \
+                 {{path: /x, port: {port}}}}}}}]}}\nstatus"
+            ),
+        ))
+    };
+    assert_eq!(probe("http"), [] as [String; 0]);
+    assert_eq!(probe("8080"), [] as [String; 0]);
+    assert!(
+        probe("metrics")[1]
+            .contains("spec.containers[0].livenessProbe.httpGet.port: neither a port nor the name")
+    );
+}
+
+#[test]
+fn unenforceable_actions_are_named() {
+    for (spec, expected) in [
+        ("{action: CUSTOM, provider: {name: x}}", "external authorization is not enforceable yet"),
+        ("{action: AUDIT}", "action AUDIT is not enforceable yet"),
+        ("{action: allow}", "no action \"allow\""),
+        ("{targetRefs: [{kind: Service, name: x}]}", "needs the HTTP engine"),
+        ("{rules: [{from: []}]}", "an empty `from` is ambiguous"),
+        ("{rules: [{to: [{}]}]}", "`operation` is missing"),
+        ("{rules: [{to: [{operation: {ports: []}}]}]}", "an empty list is ambiguous"),
+        ("{rules: [{from: [{source: {serviceAccounts: [\"a*\"]}}]}]}", "without wildcards"),
+        ("{rules: [{from: [{source: {serviceAccounts: [a], namespaces: [b]}}]}]}", "cannot be combined"),
+    ] {
+        let text = format!(
+            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: a}}\nspec: {spec}\n"
+        );
+        let problems = check(&text);
+        assert!(problems.iter().any(|p| p.contains(expected)), "{spec}: {problems:?}");
+        assert!(problems.iter().any(|p| p.contains("refuse all traffic")), "{spec}: {problems:?}");
+    }
+}

@@ -1,0 +1,137 @@
+//! Each object is whole, or keeps its former version, or refuses what it would have selected.
+
+use weft_policy::{Flow, Model, ObjectStore, Peer, Settings, Verdict};
+
+fn pod(namespace: &str, app: &str, addr: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: {app}, namespace: {namespace}, labels: {{app: {app}}}}}\n\
+         status: {{podIP: {addr}}}\n---\n"
+    )
+}
+
+fn store() -> ObjectStore {
+    let mut store = ObjectStore::new();
+    store.apply(
+        "pods.yaml",
+        &(pod("default", "web", "10.0.0.1")
+            + &pod("default", "db", "10.0.0.2")
+            + &pod("prod", "api", "10.0.1.1")),
+    );
+    store
+}
+
+fn policy(name: &str, spec: &str) -> String {
+    format!(
+        "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: {name}}}\nspec: {spec}\n"
+    )
+}
+
+fn verdict(model: &Model, namespace: &str, name: &str, port: u16) -> Verdict {
+    let destination = &model.workload(namespace, name).unwrap().identity;
+    let source_addr = "10.9.9.9".parse().unwrap();
+    model.eval(&Flow { source: Peer::Anonymous, source_addr, destination, port }).verdict
+}
+
+/// Verdicts for default/web, default/db and prod/api at port 80.
+fn verdicts(store: &ObjectStore) -> [Verdict; 3] {
+    let model = store.model(Settings::default());
+    [("default", "web"), ("default", "db"), ("prod", "api")].map(|(ns, name)| verdict(&model, ns, name, 80))
+}
+
+use Verdict::{Allow as A, Deny as D};
+
+#[test]
+fn a_broken_object_keeps_its_former_version_and_others_go_on() {
+    let mut store = store();
+    let allow = |port| {
+        format!(
+            "{{selector: {{matchLabels: {{app: web}}}}, rules: [{{to: [{{operation: {{ports: [\"{port}\"]}}}}]}}]}}"
+        )
+    };
+    store.apply(
+        "p.yaml",
+        &(policy("one", &allow("80")) + &policy("two", "{selector: {matchLabels: {app: db}}}")),
+    );
+    assert_eq!(verdicts(&store), [A, D, A]);
+    // `one` breaks in one commit with the revocation of `two`: the revocation is not held up.
+    let problems = store.apply("p.yaml", &policy("one", "{rulez: []}"));
+    assert!(problems.iter().any(|p| p.message.contains("stays in its former version")), "{problems:?}");
+    assert_eq!(verdicts(&store), [A, A, A]);
+    // Broken again, in syntax this time: still the former version.
+    store.apply("p.yaml", &policy("one", "{selector: {matchLabels: {app: web}}, rules: [{to: [}]"));
+    assert_eq!(verdicts(&store), [A, A, A]);
+    let model = store.model(Settings::default());
+    assert_eq!(verdict(&model, "default", "web", 81), D);
+    // Repaired.
+    store.apply("p.yaml", &policy("one", &allow("81")));
+    assert_eq!(verdicts(&store), [D, A, A]);
+    store.apply("p.yaml", "");
+    assert_eq!(verdicts(&store), [A, A, A]);
+}
+
+#[test]
+fn a_policy_that_was_never_whole_refuses_what_it_would_select() {
+    for (text, expected) in [
+        (policy("p", "{selector: {matchLabels: {app: web}}, rules: nonsense}"), [D, A, A]),
+        (policy("p", "{selector: {matchLabel: {app: web}}}"), [D, D, A]),
+        (policy("p", "{rules: [}"), [D, D, A]),
+        (policy("p, namespace: prod", "{rules: [}"), [A, A, D]),
+        (policy("p, namespace: prod", "{rulez: []}"), [A, A, D]),
+        (policy("p, namespace: istio-system", "{rulez: []}"), [D, D, D]),
+        (policy("p, namespace: istio-system", "{rules: [}"), [D, D, D]),
+        (policy("p", "{}").replace("name: p", "nam: p"), [D, D, A]),
+        (policy("p", "{}").replace("kind: AuthorizationPolicy\n", ""), [D, D, A]),
+        (policy("p", "{rules: [}").replace("kind: AuthorizationPolicy\n", ""), [D, D, A]),
+        (policy("p", "{rules: [}").replace("metadata: {name: p}", "metadata:\n  namespace: \"prod\" # here\n  name: p"), [A, A, D]),
+        ("apiVersion: cilium.io/v2\nkind: CiliumClusterwideNetworkPolicy\nmetadata: {name: c}\nspec: {}\n".into(), [D, D, D]),
+        ("apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: c}\nspec: {endpointSelector: {matchLabels: {\"k8s:app\": web}}}\n".into(), [D, D, A]),
+    ] {
+        let mut store = store();
+        store.apply("p.yaml", &text);
+        assert_eq!(verdicts(&store), expected, "{text}");
+        store.remove("p.yaml");
+        assert_eq!(verdicts(&store), [A, A, A], "{text}");
+    }
+}
+
+#[test]
+fn a_document_that_cannot_be_told_apart_keeps_what_it_may_have_been() {
+    let mut store = store();
+    store.apply("p.yaml", &policy("web", "{selector: {matchLabels: {app: web}}}"));
+    assert_eq!(verdicts(&store), [D, A, A]);
+    store.apply("p.yaml", "selector: {matchLabels: {app: web}}\n");
+    assert_eq!(verdicts(&store), [D, A, A]);
+    // The same on a file that never held an object refuses nobody.
+    store.remove("p.yaml");
+    store.apply("p.yaml", "selector: {matchLabels: {app: web}}\n");
+    assert_eq!(verdicts(&store), [A, A, A]);
+}
+
+#[test]
+fn a_version_in_another_file_counts_as_the_former_one() {
+    let mut store = store();
+    store.apply("a.yaml", &policy("p", "{rules: [{}]}"));
+    store.apply("b.yaml", &policy("p", "{rulez: []}"));
+    assert_eq!(verdicts(&store), [A, A, A]);
+    store.remove("a.yaml");
+    assert_eq!(verdicts(&store), [D, D, A]);
+}
+
+#[test]
+fn contested_and_unreadable_addresses_belong_to_nobody() {
+    let mut store = store();
+    store.apply("more.yaml", &pod("prod", "thief", "10.0.0.1"));
+    store.apply("broken.yaml", &pod("prod", "broken", "10.0.7.7").replace("status", "spek: 1\nstatus"));
+    let model = store.model(Settings::default());
+    for addr in ["10.0.0.1", "10.0.7.7"] {
+        let addr = addr.parse().unwrap();
+        assert!(model.workload_at(addr).is_none());
+        assert!(model.refused_addresses().contains(&addr));
+    }
+    assert!(model.workload("default", "web").unwrap().addresses.is_empty());
+    let numbers = model.identities().into_iter().zip(16..).collect();
+    let tables = weft_policy::compile(&model, &numbers);
+    let key = weft_policy::model::cidr::addr("10.0.0.1".parse().unwrap());
+    use weft_datapath::tables::Tables;
+    assert!(tables.endpoint(&key).is_none() && tables.inside(&key));
+}

@@ -1,4 +1,4 @@
-//! One JSON line per decision, in `audit.log` of the CA's directory and on stderr. No line holds a secret.
+//! One JSON line per decision, in `audit.log` of the CA's directory and in the log. No line holds a secret.
 //!
 //! A certificate whose line cannot be written is not handed out.
 
@@ -54,8 +54,8 @@ pub fn write(dir: &Path, line: &Line<'_>) -> Result<(), CaError> {
     let path = dir.join("audit.log");
     let append = || -> io::Result<()> {
         let mut text = serde_json::to_string(&Timed { time: rfc3339(SystemTime::now()), line })?;
+        tracing::info!(target: "weft::audit", "{text}");
         text.push('\n');
-        eprint!("weft ca: {text}");
         OpenOptions::new().append(true).create(true).mode(0o600).open(&path)?.write_all(text.as_bytes())
     };
     append().map_err(|source| CaError::file(&path, source))

@@ -29,6 +29,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
+use tracing::warn;
 
 /// Connections at once, handshakes included; further ones wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 1024;
@@ -106,7 +107,7 @@ async fn accept(
                 Ok((stream, _)) => (place, stream),
                 Err(error) => {
                     // Out of descriptors or memory; what was accepted goes on meanwhile.
-                    eprintln!("weft ca: accept: {error}");
+                    warn!("accept: {error}");
                     tokio::time::sleep(Duration::from_millis(100)).await;
                     continue;
                 }
@@ -120,9 +121,9 @@ async fn accept(
                 Ok(Ok(stream)) => {
                     let _ = accepted.send(Ok(Connection { stream, _place: place })).await;
                 }
-                Ok(Err(error)) => eprintln!("weft ca: {peer}: {}", Refusal::from(&error)),
+                Ok(Err(error)) => warn!("{peer}: {}", Refusal::from(&error)),
                 Err(_) => {
-                    eprintln!("weft ca: {peer}: no TLS handshake within {} s", HANDSHAKE_TIMEOUT.as_secs())
+                    warn!("{peer}: no TLS handshake within {} s", HANDSHAKE_TIMEOUT.as_secs())
                 }
             }
         });
@@ -169,13 +170,13 @@ impl Own {
 impl ResolvesServerCert for OwnCertificate {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         if let Err(error) = self.authority.refresh() {
-            eprintln!("weft ca: {error}; going on with what was read before");
+            warn!("{error}; going on with what was read before");
         }
         let mut own = self.current.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if SystemTime::now() >= own.renew_at || !Arc::ptr_eq(&own.roots, &self.authority.roots()) {
             match Own::sign(&self.authority) {
                 Ok(renewed) => *own = renewed,
-                Err(error) => eprintln!("weft ca: its own certificate: {error}"),
+                Err(error) => warn!("its own certificate: {error}"),
             }
         }
         own.credentials.is_valid_at(SystemTime::now()).then(|| own.credentials.certified())

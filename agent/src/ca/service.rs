@@ -16,6 +16,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::watch;
 use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
 use tonic::{Request, Response, Status};
+use tracing::warn;
 
 /// Metadata key of the identity that is asked for (Istio's name).
 const IMPERSONATED: &str = "ImpersonatedIdentity";
@@ -104,13 +105,13 @@ impl Call {
             };
             // A refusal stands even when it cannot be written down.
             if let Err(error) = audit::write(self.authority.dir(), &line) {
-                eprintln!("weft ca: {error}");
+                warn!("{error}");
             }
             Err(status)
         };
 
         if let Err(error) = self.authority.refresh() {
-            eprintln!("weft ca: {error}; going on with what was read before");
+            warn!("{error}; going on with what was read before");
         }
         let caller = match proof
             .map_err(Status::unauthenticated)

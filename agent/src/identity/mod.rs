@@ -6,12 +6,21 @@
 //!
 //! INVARIANT: private keys of workloads live in memory only. Nothing here writes them, logs them or passes them on.
 
+pub mod ca_client;
+mod ca_stream;
+mod ca_trust;
 pub mod certificate;
 pub mod credentials;
+mod node_file;
 pub mod refusal;
+pub mod signer;
 pub mod spiffe;
+pub mod store;
 pub mod tls;
 
+pub use ca_client::{CaClient, CaClientConfig};
 pub use credentials::{Credentials, Live, Roots};
 pub use refusal::Refusal;
+pub use signer::{LocalCa, SignError, Signer};
 pub use spiffe::{NodeName, SpiffeId, TrustDomain};
+pub use store::{CertStatus, CertStore, StoreError};

@@ -31,6 +31,8 @@ pub enum Refusal {
     ForeignTrustDomain { peer: SpiffeId, trust_domain: String },
     #[error("the peer is {peer}, expected {}", list(.expected))]
     UnexpectedIdentity { peer: SpiffeId, expected: Vec<SpiffeId> },
+    #[error("the server is {found}, expected the CA ({expected})")]
+    NotTheCa { found: String, expected: String },
     #[error("this node has no valid certificate to show")]
     NothingToShow,
     #[error("the peer refused our certificate: {0}")]
@@ -53,6 +55,7 @@ impl Refusal {
             Refusal::UriCount(_) | Refusal::NotAWorkload(_) => "not_a_workload",
             Refusal::ForeignTrustDomain { .. } => "foreign_trust_domain",
             Refusal::UnexpectedIdentity { .. } => "unexpected_identity",
+            Refusal::NotTheCa { .. } => "not_the_ca",
             Refusal::NothingToShow => "nothing_to_show",
             Refusal::ByPeer(_) => "by_peer",
             Refusal::Protocol(_) => "protocol",

@@ -1,0 +1,8 @@
+//! The CA, the store and TLS together, over real sockets on the loopback.
+
+mod client;
+mod fixture;
+mod handshake;
+mod renewal;
+mod rotation;
+mod server;

@@ -4,23 +4,30 @@ mod common;
 
 use std::fs;
 use std::io::{ErrorKind, Read};
-use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use common::{Bpffs, Namespace, ip};
 use nix::sched::{CloneFlags, setns};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpSocket;
+use tokio::time::timeout;
 use weft_agent::kernel::Kernel;
 use weft_agent::kernel::destroy::cut_revoked;
 use weft_agent::kernel::enrol::{Places, Workload};
 use weft_agent::kernel::error::Error;
-use weft_agent::kernel::events;
+use weft_agent::kernel::events::{self, Events};
 use weft_agent::kernel::state::{Desired, State};
 use weft_agent::kernel::sync::PolicySet;
 use weft_agent::netns::{Netns, own_cookie};
-use weft_datapath::abi::{PolicyKey, PolicyValue, Subject, SubjectKey};
+use weft_agent::proxy::Datapath;
+use weft_datapath::abi::{Addr, LocalEnd, OrigDst, PolicyKey, PolicyValue, Subject, SubjectKey};
 use weft_datapath::identity::ANY;
+use weft_datapath::names::TUNNEL_PORT;
 use weft_datapath::policy::{ALLOW, DENY, Mode};
 use weft_datapath::reason::Reason;
+use weft_policy::model::cidr::addr;
 
 /// A node with two pods on a veth each. The calling thread lives in the node's namespace.
 struct Node {
@@ -63,6 +70,10 @@ impl Node {
         sender.send_to(b"hello", receiver.local_addr().unwrap()).unwrap();
         receiver.recv(&mut [0; 8]).is_ok()
     }
+}
+
+fn address(pod: usize) -> Addr {
+    addr(ADDRESSES[pod].parse().unwrap())
 }
 
 /// Point-to-point, as most CNIs do it.
@@ -213,6 +224,86 @@ fn a_revoked_rule_cuts_idle_connections_at_both_ends() {
     listener.accept().unwrap();
 }
 
+/// A TCP socket in a pod, marked or not.
+fn tcp(pod: &Netns, kernel: Option<&Kernel>) -> TcpSocket {
+    let socket = pod.run(|| TcpSocket::new_v4().unwrap()).unwrap();
+    if let Some(kernel) = kernel {
+        kernel.mark(socket.as_fd()).unwrap();
+    }
+    socket
+}
+
+#[tokio::test]
+async fn only_marked_sockets_use_the_tunnel_port() {
+    let bpffs = Bpffs::new("mark");
+    let node = Node::new("mark");
+    let kernel = Kernel::load(&bpffs.root()).unwrap();
+    let mut state = State::read(&kernel).unwrap();
+    let places = Places { local: vec![node.workload(0), node.workload(1)], ..Places::default() };
+    let applied = state.apply(&kernel, &Desired { policy: policy(), places, ..Desired::default() });
+    assert!(applied.problems.is_empty(), "{:?}", applied.problems);
+    let [client, server] = [0, 1].map(|index| applied.enrolled[index].netns.clone());
+    let target: SocketAddr = format!("{}:{TUNNEL_PORT}", ADDRESSES[1]).parse().unwrap();
+    let soon = Duration::from_millis(500);
+
+    let listener = tcp(&server, Some(&kernel));
+    listener.bind(target).unwrap();
+    let listener = listener.listen(8).unwrap();
+    // The SYN of a stranger is dropped, so the connect hangs.
+    assert!(timeout(soon, tcp(&client, None).connect(target)).await.is_err());
+    assert!(events::drops(&kernel.maps).unwrap()[&Reason::TunnelPort] > 0);
+    let mut agent = timeout(soon, tcp(&client, Some(&kernel)).connect(target)).await.unwrap().unwrap();
+    // The accepted socket inherits the mark: what it sends passes, too.
+    let (mut accepted, _) = listener.accept().await.unwrap();
+    accepted.write_all(b"hello").await.unwrap();
+    assert_eq!(timeout(soon, agent.read(&mut [0; 8])).await.unwrap().unwrap(), 5);
+}
+
+#[tokio::test]
+async fn refusals_are_told_as_they_happen() {
+    let bpffs = Bpffs::new("events");
+    let node = Node::new("events");
+    let kernel = Kernel::load(&bpffs.root()).unwrap();
+    let mut state = State::read(&kernel).unwrap();
+    let places = Places { local: vec![node.workload(0), node.workload(1)], ..Places::default() };
+    state.apply(&kernel, &Desired { policy: policy(), places, ..Desired::default() });
+    let mut stream = Events::open(&kernel).unwrap();
+    assert!(!node.reaches(1, 0));
+    let told = async {
+        loop {
+            let event = stream.next().await.unwrap();
+            if event.reason == Reason::Policy as u8 {
+                return event;
+            }
+        }
+    };
+    let event = timeout(Duration::from_secs(1), told).await.unwrap();
+    assert_eq!((event.source, event.destination, event.rule), (17, 16, 7));
+    assert_eq!((event.src, event.dst), (address(1), address(0)));
+    // Quiet again: the stream waits.
+    assert!(timeout(Duration::from_millis(100), stream.next()).await.is_err());
+}
+
+#[test]
+fn notes_of_the_proxy_are_taken_once() {
+    let bpffs = Bpffs::new("notes");
+    let kernel = Kernel::load_sized(&bpffs.root(), &[("weft_leg", 2)]).unwrap();
+    let app: SocketAddr = "127.0.0.1:40000".parse().unwrap();
+    let key = LocalEnd { netns_cookie: 7, addr: addr(app.ip()), port: 40000, ..LocalEnd::default() };
+    kernel.maps.orig_dst.insert(&key, &OrigDst { dst_port: 80, ..OrigDst::default() }).unwrap();
+    assert_eq!(kernel.take_orig_dst(8, app).unwrap(), None);
+    assert_eq!(kernel.take_orig_dst(7, app).unwrap().unwrap().dst_port, 80);
+    assert_eq!(kernel.take_orig_dst(7, app).unwrap(), None);
+
+    for cookie in 1..=2 {
+        kernel.put_leg(cookie, app, "[fd00::1]:5".parse().unwrap()).unwrap();
+    }
+    assert_eq!(kernel.put_leg(3, app, app).unwrap_err().kind(), ErrorKind::StorageFull);
+    kernel.del_leg(2, app);
+    kernel.del_leg(2, app);
+    kernel.put_leg(3, app, app).unwrap();
+}
+
 #[test]
 fn what_cannot_be_enrolled_is_named_and_not_outside() {
     let bpffs = Bpffs::new("enrol-bad");
@@ -238,9 +329,8 @@ fn what_cannot_be_enrolled_is_named_and_not_outside() {
     assert!(matches!(problem("test/foreign"), Error::NoInterface { addr, .. } if *addr == stranger));
     assert!(matches!(problem("test/double"), Error::Twice { .. }));
     assert!(matches!(problem("test/loopback"), Error::NotOurVeth { .. }));
-    let endpoint =
-        kernel.maps.endpoint.lookup(&weft_agent::kernel::address::addr(stranger)).unwrap().unwrap();
+    let endpoint = kernel.maps.endpoint.lookup(&addr(stranger)).unwrap().unwrap();
     assert_eq!((endpoint.identity, endpoint.ifindex), (17, 0));
-    let own = weft_agent::kernel::address::addr(ADDRESSES[0].parse().unwrap());
+    let own = address(0);
     assert_eq!(kernel.maps.endpoint.lookup(&own).unwrap().unwrap().identity, 16);
 }

@@ -4,37 +4,42 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use weft_datapath::abi::{Client, OrigDst};
+use weft_datapath::abi::{Client, LocalEnd, OrigDst};
+use weft_policy::model::cidr::addr;
 
-use super::address::{addr, local_end};
 use super::error::Error;
 use super::load::Kernel;
+use crate::proxy::Datapath;
 
-impl Kernel {
-    /// Marks a socket as the agent's. Sockets accepted from it inherit the mark.
-    pub fn mark(&self, socket: BorrowedFd<'_>) -> io::Result<()> {
+impl Datapath for Kernel {
+    fn mark(&self, socket: BorrowedFd<'_>) -> io::Result<()> {
         // Socket storage is keyed by descriptor from this side.
         self.agent_sk.insert(&(socket.as_raw_fd() as u32), &1).map_err(io_error)
     }
 
-    /// Takes (reads and deletes) where the application's socket with local end `app` wanted to go.
-    pub fn take_orig_dst(&self, netns_cookie: u64, app: SocketAddr) -> io::Result<Option<OrigDst>> {
-        let key = local_end(netns_cookie, app);
+    fn take_orig_dst(&self, cookie: u64, app: SocketAddr) -> io::Result<Option<OrigDst>> {
+        let key = local_end(cookie, app);
         let Some(orig_dst) = self.maps.orig_dst.lookup(&key).map_err(io_error)? else { return Ok(None) };
         self.maps.orig_dst.remove(&key).map_err(io_error)?;
         Ok(Some(orig_dst))
     }
 
-    /// Notes that the connection which the agent opens from `local` speaks for `client`.
-    pub fn put_leg(&self, netns_cookie: u64, local: SocketAddr, client: SocketAddr) -> io::Result<()> {
+    fn put_leg(&self, cookie: u64, local: SocketAddr, client: SocketAddr) -> io::Result<()> {
         let value = Client { addr: addr(client.ip()), port: client.port(), pad: 0 };
-        self.maps.leg.insert(&local_end(netns_cookie, local), &value).map_err(io_error)
+        self.maps.leg.insert(&local_end(cookie, local), &value).map_err(io_error)
     }
 
-    /// Forgets the note again. One that is gone already is no error.
-    pub fn del_leg(&self, netns_cookie: u64, local: SocketAddr) -> io::Result<()> {
-        self.maps.leg.remove(&local_end(netns_cookie, local)).map(drop).map_err(io_error)
+    fn del_leg(&self, cookie: u64, local: SocketAddr) {
+        if let Err(error) = self.maps.leg.remove(&local_end(cookie, local)) {
+            // It costs one entry of the map until the port is used again.
+            tracing::warn!(%local, "cannot forget a client's address: {error}");
+        }
     }
+}
+
+/// The key of a socket's local end.
+fn local_end(netns_cookie: u64, end: SocketAddr) -> LocalEnd {
+    LocalEnd { netns_cookie, addr: addr(end.ip()), port: end.port(), ..LocalEnd::default() }
 }
 
 fn io_error(error: Error) -> io::Error {

@@ -13,8 +13,8 @@ use weft_datapath::identity::NODE;
 use weft_datapath::names::TUNNEL_PORT;
 use weft_datapath::policy::{self, ALLOW, Access, Mode};
 use weft_datapath::tables::Tables;
+use weft_policy::model::cidr::ip;
 
-use super::address::ip;
 use super::enrol::Enrolled;
 use super::error::{Error, Result};
 use super::lookup::KernelTables;
@@ -43,8 +43,8 @@ pub fn cut_revoked(maps: &Maps, enrolled: &[Enrolled]) -> Result<Vec<Cut>> {
     let mut cuts = Vec::new();
     for (key, state) in maps.conntrack.entries()? {
         let Some(rule) = judge.refusal(&key, &state) else { continue };
-        let own = SocketAddr::new(ip(key.own), key.own_port);
-        let peer = SocketAddr::new(ip(key.peer), key.peer_port);
+        let own = SocketAddr::new(ip(&key.own), key.own_port);
+        let peer = SocketAddr::new(ip(&key.peer), key.peer_port);
         let mut found = sockets.destroy(key.ifindex, own, peer)?;
         match tables.endpoint(&key.peer) {
             Some(endpoint) if endpoint.ifindex != 0 => {

@@ -14,8 +14,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use weft_datapath::abi::{Addr, Endpoint, Iface, IfaceAddr, Netns as NetnsRow};
+use weft_policy::model::cidr::{Cidr, addr, ip};
 
-use super::address::addr;
 use super::error::{Error, Result};
 use super::load::Kernel;
 use super::maps::{Maps, Prefix};
@@ -40,10 +40,10 @@ pub struct Workload {
 #[derive(Clone, Debug, Default)]
 pub struct Places {
     pub local: Vec<Workload>,
-    /// Workloads of other nodes: address to identity number.
-    pub remote: BTreeMap<IpAddr, u32>,
-    /// `--mesh-cidr`: address and prefix length.
-    pub inside: Vec<(IpAddr, u8)>,
+    /// Every address of the manifests with its identity number; those of `local` workloads are filled in.
+    pub endpoints: BTreeMap<Addr, Endpoint>,
+    /// What belongs to the mesh without being a workload's, such as `--mesh-cidr`.
+    pub inside: Vec<Cidr>,
 }
 
 /// A workload whose traffic is under control.
@@ -109,11 +109,7 @@ impl Enrolment {
         let mut outcome = Outcome::default();
         self.follow_plain(maps, &node_addrs, &desired.inside, &mut outcome);
 
-        let mut endpoints: BTreeMap<Addr, Endpoint> = desired
-            .remote
-            .iter()
-            .map(|(ip, identity)| (addr(*ip), Endpoint { identity: *identity, ..Endpoint::default() }))
-            .collect();
+        let mut endpoints = desired.endpoints.clone();
         let mut rows: Vec<Rows> = Vec::new();
         let mut claims = Claims::default();
         for workload in &desired.local {
@@ -128,9 +124,9 @@ impl Enrolment {
                 Ok(row) => rows.push(row),
                 Err(error) => outcome.problems.push((workload.name.clone(), error)),
             }
-            for ip in &workload.addresses {
+            for address in &workload.addresses {
                 let endpoint = Endpoint { identity: workload.identity, ..Endpoint::default() };
-                endpoints.entry(addr(*ip)).or_insert(endpoint);
+                endpoints.entry(addr(*address)).or_insert(endpoint);
             }
         }
         for row in rows {
@@ -150,7 +146,7 @@ impl Enrolment {
         for (address, endpoint) in &endpoints {
             match self.endpoints.write(&maps.endpoint, *address, *endpoint) {
                 Ok(changed) => outcome.moved |= changed,
-                Err(error) => outcome.problems.push((super::address::ip(*address).to_string(), error)),
+                Err(error) => outcome.problems.push((ip(address).to_string(), error)),
             }
         }
         self.release(kernel, &endpoints, &mut outcome)?;
@@ -162,18 +158,18 @@ impl Enrolment {
         &mut self,
         maps: &Maps,
         node_addrs: &BTreeMap<Addr, u32>,
-        inside: &[(IpAddr, u8)],
+        inside: &[Cidr],
         outcome: &mut Outcome,
     ) {
-        let inside = inside.iter().map(|(ip, bits)| (prefix(*ip, *bits), 1)).collect();
+        let inside = inside.iter().map(|range| (prefix(range), 1)).collect();
         let mut note = |what: &str, result: Result<usize>| match result {
             Ok(changes) => outcome.moved |= changes != 0,
             Err(error) => outcome.problems.push((what.into(), error)),
         };
         note("addresses of the node", self.node_addrs.write_missing(&maps.node_addr, node_addrs));
         note("addresses of the node", self.node_addrs.remove_extra(&maps.node_addr, node_addrs));
-        note("--mesh-cidr", self.inside.write_missing(&maps.inside, &inside));
-        note("--mesh-cidr", self.inside.remove_extra(&maps.inside, &inside));
+        note("addresses inside the mesh", self.inside.write_missing(&maps.inside, &inside));
+        note("addresses inside the mesh", self.inside.remove_extra(&maps.inside, &inside));
     }
 
     /// Puts a workload's interface under control.
@@ -303,21 +299,14 @@ fn find(
     Ok((netns, ifindex))
 }
 
-/// A prefix over the 16-byte form.
-fn prefix(ip: IpAddr, bits: u8) -> Prefix<Addr> {
-    let offset = if ip.is_ipv4() { 96 } else { 0 };
-    Prefix { bits: offset + u32::from(bits), data: addr(ip) }
+fn prefix(range: &Cidr) -> Prefix<Addr> {
+    let (data, bits) = range.mapped();
+    Prefix { bits: bits.into(), data }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn prefixes_count_from_the_long_form() {
-        assert_eq!(prefix("10.0.0.0".parse().unwrap(), 8).bits, 104);
-        assert_eq!(prefix("fd00::".parse().unwrap(), 8).bits, 8);
-    }
 
     #[test]
     fn nobody_shares_an_address_or_interface() {

@@ -9,6 +9,7 @@ use weft_datapath::tables::Tables;
 
 use super::error::Result;
 use super::maps::{Maps, Prefix};
+use super::sync::BANK_BITS;
 
 /// A system call per lookup. One that fails counts as a miss, so the answer to it is a refusal, as in the kernel.
 #[derive(Clone, Copy, Debug)]
@@ -38,7 +39,8 @@ impl Tables for KernelTables<'_> {
     }
 
     fn class(&self, bank: u32, addr: &Addr) -> u32 {
-        let key = Prefix { bits: 32 + 128, data: CidrKey { bank_be: bank.to_be_bytes(), addr: *addr } };
+        let key =
+            Prefix { bits: BANK_BITS + 128, data: CidrKey { bank_be: bank.to_be_bytes(), addr: *addr } };
         self.maps.cidr.lookup(&key).ok().flatten().unwrap_or(0)
     }
 

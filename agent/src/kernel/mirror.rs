@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use weft_datapath::abi::Shared;
+use weft_policy::tables::diff;
 
 use super::error::Result;
 use super::maps::Table;
@@ -46,7 +47,7 @@ impl<K: Shared + Ord, V: Shared + Eq> Mirror<K, V> {
 
     /// Writes what `want` has and the map lacks or has otherwise. Stops at the first error.
     pub(crate) fn write_missing(&mut self, table: &Table<K, V>, want: &BTreeMap<K, V>) -> Result<usize> {
-        let missing = missing(&self.have, want);
+        let missing = diff(&self.have, want).set;
         for (key, value) in &missing {
             self.write(table, *key, *value)?;
         }
@@ -55,37 +56,10 @@ impl<K: Shared + Ord, V: Shared + Eq> Mirror<K, V> {
 
     /// Removes what the map has and `want` lacks. Stops at the first error.
     pub(crate) fn remove_extra(&mut self, table: &Table<K, V>, want: &BTreeMap<K, V>) -> Result<usize> {
-        let extra = extra(&self.have, want);
+        let extra = diff(&self.have, want).remove;
         for key in &extra {
             self.remove(table, key)?;
         }
         Ok(extra.len())
-    }
-}
-
-/// Entries of `want` that `have` lacks or has with another value.
-fn missing<K: Ord + Copy, V: Eq + Copy>(have: &BTreeMap<K, V>, want: &BTreeMap<K, V>) -> Vec<(K, V)> {
-    want.iter()
-        .filter(|(key, value)| have.get(key) != Some(value))
-        .map(|(key, value)| (*key, *value))
-        .collect()
-}
-
-/// Keys of `have` that `want` lacks.
-fn extra<K: Ord + Copy, V>(have: &BTreeMap<K, V>, want: &BTreeMap<K, V>) -> Vec<K> {
-    have.keys().filter(|key| !want.contains_key(key)).copied().collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn difference_is_what_changed() {
-        let have = BTreeMap::from([(1, 'a'), (2, 'b'), (3, 'c')]);
-        let want = BTreeMap::from([(2, 'b'), (3, 'x'), (4, 'd')]);
-        assert_eq!(missing(&have, &want), [(3, 'x'), (4, 'd')]);
-        assert_eq!(extra(&have, &want), [1]);
-        assert!(missing(&want, &want).is_empty() && extra(&want, &want).is_empty());
     }
 }

@@ -4,7 +4,6 @@
 //! here desired state meets the kernel's. INVARIANT: the kernel's maps are the truth between two runs of the agent, so
 //! every sync compares with what is there and writes the difference, at start as later.
 
-pub mod address;
 mod attach;
 mod datapath;
 pub mod destroy;

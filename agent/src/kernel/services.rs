@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use weft_datapath::abi::{Backend, BackendKey, Service, ServiceKey};
+use weft_policy::tables::ServiceEntry;
 
 use super::error::Result;
 use super::maps::Maps;
@@ -16,6 +17,12 @@ pub struct DesiredService {
     pub balance: u32,
     /// In the order of their slots; none refuses connections.
     pub backends: Vec<Backend>,
+}
+
+impl From<&ServiceEntry> for DesiredService {
+    fn from(entry: &ServiceEntry) -> DesiredService {
+        DesiredService { balance: entry.balance, backends: entry.backends.clone() }
+    }
 }
 
 /// Services and backends, as they are in the kernel.

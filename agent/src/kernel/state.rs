@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 
 use weft_datapath::abi::ServiceKey;
+use weft_policy::tables::Tables;
 
-use super::enrol::{Enrolled, Enrolment, Places};
+use super::enrol::{Enrolled, Enrolment, Places, Workload};
 use super::error::{Error, Result};
 use super::load::Kernel;
 use super::services::{DesiredService, ServiceSync};
@@ -16,6 +17,17 @@ pub struct Desired {
     pub policy: PolicySet,
     pub services: BTreeMap<ServiceKey, DesiredService>,
     pub places: Places,
+}
+
+impl Desired {
+    /// What `tables` ask for, with `local` the workloads of this node. The caller adds what `--mesh-cidr` says.
+    pub fn new(tables: &Tables, local: Vec<Workload>) -> Desired {
+        Desired {
+            policy: tables.into(),
+            services: tables.services.iter().map(|(key, entry)| (*key, entry.into())).collect(),
+            places: Places { local, endpoints: tables.endpoints.clone(), inside: tables.inside.clone() },
+        }
+    }
 }
 
 /// What an [`State::apply`] led to.

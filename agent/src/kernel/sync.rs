@@ -6,8 +6,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use weft_datapath::abi::{CidrKey, ModeKey, PolicyKey, PolicyValue, Shared, Subject, SubjectKey};
+use weft_datapath::abi::{Addr, CidrKey, ModeKey, PolicyKey, PolicyValue, Shared, Subject, SubjectKey};
 use weft_datapath::names::config;
+use weft_policy::tables::Tables;
 
 use super::error::Result;
 use super::maps::{Maps, Prefix, Table};
@@ -52,9 +53,12 @@ pub struct PolicySet {
     pub subjects: BTreeMap<SubjectKey, Subject>,
     pub modes: BTreeMap<ModeKey, u32>,
     pub policies: BTreeMap<PolicyKey, PolicyValue>,
-    /// The prefix length counts the bits of address and bank: 32 more than those of the 16-byte address.
+    /// The prefix covers the bank and then the address.
     pub classes: BTreeMap<Prefix<CidrKey>, u32>,
 }
+
+/// The bank is part of the prefix.
+pub(crate) const BANK_BITS: u32 = 32;
 
 /// What a publication did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,6 +120,21 @@ impl PolicySync {
         self.revision = revision;
         self.flipped = Some(Instant::now());
         Ok(Published { revision, changes })
+    }
+}
+
+impl From<&Tables> for PolicySet {
+    fn from(tables: &Tables) -> PolicySet {
+        let class = |(addr, bits): &(Addr, u8)| Prefix {
+            bits: BANK_BITS + u32::from(*bits),
+            data: CidrKey { bank_be: [0; 4], addr: *addr },
+        };
+        PolicySet {
+            subjects: tables.subjects.clone(),
+            modes: tables.modes.clone(),
+            policies: tables.policies.clone(),
+            classes: tables.cidrs.iter().map(|(key, number)| (class(key), *number)).collect(),
+        }
     }
 }
 

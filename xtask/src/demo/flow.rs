@@ -4,8 +4,8 @@ use std::net::IpAddr;
 use std::process::Output;
 use std::time::{Duration, Instant};
 
+use vm_tests::Pod;
 use vm_tests::agent::wait_until;
-use vm_tests::{Agent, Pod};
 
 use super::ground::{Ground, exec};
 use super::report::Report;
@@ -58,29 +58,27 @@ pub(super) fn text_of(output: &Output) -> String {
 /// Every pair of the examples, over both IP versions and by way of both services.
 pub(super) fn pairs(ground: &Ground, report: &mut Report) {
     let Ground { frontend, catalog, cache, batch, .. } = ground;
-    let one = &ground.agents[0];
-    let two = &ground.agents[1];
     for v in 0..2 {
         let (web, store) = (catalog.addrs()[v], cache.addrs()[v]);
         let name = ["IPv4", "IPv6"][v];
         allowed(
             report,
             &format!("frontend -> catalog, same node, {name}"),
-            (one, ground, 0),
+            (ground, frontend),
             "kernel",
             || http(frontend, web, NGINX),
         );
         allowed(
             report,
             &format!("frontend -> cache, other node, {name}"),
-            (two, ground, 1),
+            (ground, frontend),
             "mutual_tls",
             || redis(frontend, store, REDIS),
         );
         allowed(
             report,
             &format!("batch -> catalog, other node, {name}"),
-            (one, ground, 0),
+            (ground, batch),
             "mutual_tls",
             || http(batch, web, NGINX),
         );
@@ -101,18 +99,20 @@ pub(super) fn pairs(ground: &Ground, report: &mut Report) {
     report.check("nginx sees the client's own address, other node", seen.ends_with(&client), &seen);
 }
 
-/// The request passes, and the receiving node's agent counts it under `path`.
+/// The request passes, and the agent of the caller's node counts it under `path`.
 fn allowed(
     report: &mut Report,
     what: &str,
-    (agent, ground, node): (&Agent, &Ground, usize),
+    (ground, from): (&Ground, &Pod),
     path: &str,
     request: impl Fn() -> Answer,
 ) {
     let label = format!("connection_security_policy=\"{path}\"");
+    let workload = format!("source_workload=\"{}\"", from.name);
+    let (agent, node) = ground.agent_of(from);
     let count = || {
-        let labels = ["reporter=\"destination\"", label.as_str()];
-        agent.metric(ground.nodes[node].netns(), "istio_tcp_connections_opened_total", &labels)
+        let labels = ["reporter=\"source\"", workload.as_str(), label.as_str()];
+        agent.metric(node.netns(), "istio_tcp_connections_opened_total", &labels)
     };
     let before = count();
     let answer = request();

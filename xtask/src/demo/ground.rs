@@ -72,6 +72,16 @@ impl Ground {
         [&self.frontend, &self.catalog, &self.cache, &self.batch]
     }
 
+    /// The agent and the node of a pod.
+    pub(super) fn agent_of(&self, pod: &Pod) -> (&Agent, &Node) {
+        let at = self
+            .nodes
+            .iter()
+            .position(|node| node.name() == pod.node)
+            .expect("every pod is on one of our nodes");
+        (&self.agents[at], &self.nodes[at])
+    }
+
     /// Starts the two servers.
     pub(super) fn serve(&self) -> [Process; 2] {
         [server::nginx(self), server::redis(self)]

@@ -114,7 +114,7 @@ scrape_configs:
     report.check("agents that Prometheus scrapes", up == 2, &format!("{up} of 2"));
 
     let opened = "sum by (connection_security_policy, source_workload, destination_workload) \
-                  (istio_tcp_connections_opened_total{reporter=\"destination\"})";
+                  (istio_tcp_connections_opened_total{reporter=\"source\"})";
     let samples = ask(opened).unwrap_or_default();
     let mut policies = Vec::new();
     for sample in samples.as_array().into_iter().flatten() {

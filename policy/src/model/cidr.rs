@@ -57,6 +57,10 @@ impl Cidr {
         self.network
     }
 
+    pub fn prefix(&self) -> u8 {
+        self.prefix
+    }
+
     /// Address and length as in kernel tables, where IPv4 lies in `::ffff:0:0/96`.
     pub fn mapped(&self) -> (Addr, u8) {
         (addr(self.network), if self.network.is_ipv4() { self.prefix + 96 } else { self.prefix })

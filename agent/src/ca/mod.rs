@@ -23,6 +23,7 @@ pub mod authority;
 pub mod decide;
 pub mod directory;
 mod limit;
+pub mod placement;
 pub mod request;
 pub mod serve;
 mod service;

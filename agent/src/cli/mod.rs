@@ -1,5 +1,6 @@
 //! The commands that ask a running agent or read manifests; the terminal side of `weft`.
 
+mod ca;
 pub mod client;
 mod observe;
 mod rows;
@@ -81,6 +82,7 @@ fn carry_out(command: Command) -> Result<u8, Failure> {
         Command::Policies(query) => list::<PolicyRow>(&query, Table::Policies),
         Command::Connections(query) => list::<ConnectionRow>(&query, Table::Connections),
         Command::Certs(query) => list::<CertRow>(&query, Table::Certs),
+        Command::Ca(command) => ca::run(&command),
         Command::Observe(args) => observe::run(&args),
         command => Err(anyhow::anyhow!("this build cannot do that yet: {command:?}").into()),
     }

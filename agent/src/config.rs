@@ -102,7 +102,11 @@ impl Config {
             (Some(url), Some(root), Some(token), None) => CaSource::Remote {
                 url: https("ca", url)?,
                 root: existing_file("ca-root", root)?,
-                token: existing_file("token", token)?,
+                // A node that has joined needs no token any more, and its file may be gone.
+                token: match args.state_dir.join("node.pem").exists() {
+                    true => token.clone(),
+                    false => existing_file("token", token)?,
+                },
             },
             _ => return Err(Error::NoCa),
         };

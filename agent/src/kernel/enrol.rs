@@ -87,12 +87,12 @@ impl Enrolment {
     /// Reads what a former agent left.
     pub fn read(maps: &Maps) -> Result<Enrolment> {
         Ok(Enrolment {
-            iface_addrs: Mirror::read(&maps.iface_addr, |_| true)?,
-            ifaces: Mirror::read(&maps.iface, |_| true)?,
-            netns: Mirror::read(&maps.netns, |_| true)?,
-            endpoints: Mirror::read(&maps.endpoint, |_| true)?,
-            node_addrs: Mirror::read(&maps.node_addr, |_| true)?,
-            inside: Mirror::read(&maps.inside, |_| true)?,
+            iface_addrs: Mirror::read(&maps.iface_addr)?,
+            ifaces: Mirror::read(&maps.iface)?,
+            netns: Mirror::read(&maps.netns)?,
+            endpoints: Mirror::read(&maps.endpoint)?,
+            node_addrs: Mirror::read(&maps.node_addr)?,
+            inside: Mirror::read(&maps.inside)?,
         })
     }
 
@@ -166,10 +166,8 @@ impl Enrolment {
             Ok(changes) => outcome.moved |= changes != 0,
             Err(error) => outcome.problems.push((what.into(), error)),
         };
-        note("addresses of the node", self.node_addrs.write_missing(&maps.node_addr, node_addrs));
-        note("addresses of the node", self.node_addrs.remove_extra(&maps.node_addr, node_addrs));
-        note("addresses inside the mesh", self.inside.write_missing(&maps.inside, &inside));
-        note("addresses inside the mesh", self.inside.remove_extra(&maps.inside, &inside));
+        note("addresses of the node", self.node_addrs.follow(&maps.node_addr, node_addrs));
+        note("addresses inside the mesh", self.inside.follow(&maps.inside, &inside));
     }
 
     /// Puts a workload's interface under control.

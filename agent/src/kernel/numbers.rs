@@ -22,7 +22,7 @@ pub struct Numbers {
 impl Numbers {
     /// Reads what a former agent handed out.
     pub fn read(maps: &Maps) -> Result<Numbers> {
-        Ok(Numbers { known: Mirror::read(&maps.identity, |_| true)? })
+        Ok(Numbers { known: Mirror::read(&maps.identity)? })
     }
 
     /// The number of the identity with this canonical text; a new one if it never had one.

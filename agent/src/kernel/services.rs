@@ -35,8 +35,8 @@ pub struct ServiceSync {
 impl ServiceSync {
     /// Reads what a former agent left.
     pub fn read(maps: &Maps) -> Result<ServiceSync> {
-        let services = Mirror::read(&maps.service, |_| true)?;
-        Ok(ServiceSync { services, backends: Mirror::read(&maps.backend, |_| true)? })
+        let services = Mirror::read(&maps.service)?;
+        Ok(ServiceSync { services, backends: Mirror::read(&maps.backend)? })
     }
 
     /// Makes `want` the services in force and returns how many entries changed. On an error each service is as it was

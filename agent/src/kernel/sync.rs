@@ -47,7 +47,7 @@ impl Banked for Prefix<CidrKey> {
     }
 }
 
-/// A policy set as the kernel reads it. The bank in the keys means nothing here.
+/// A policy set as the kernel reads it, with bank 0 in all keys.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PolicySet {
     pub subjects: BTreeMap<SubjectKey, Subject>,
@@ -106,7 +106,7 @@ impl PolicySync {
     /// revision moves even without a change, so that living flows are decided again.
     pub fn publish(&mut self, maps: &Maps, want: &PolicySet, renew: bool) -> Result<Published> {
         let active = self.revision & 1;
-        if !renew && self.revision != 0 && self.banks[active as usize].is(&want.in_bank(active)) {
+        if !renew && self.revision != 0 && self.banks[active as usize].is(want) {
             return Ok(Published { revision: self.revision, changes: 0 });
         }
         // 0 means "never published", so the number goes round without it, and without losing the alternation of banks.
@@ -115,7 +115,7 @@ impl PolicySync {
             sys::wait_for_programs();
         }
         let bank = revision & 1;
-        let changes = self.banks[bank as usize].follow(maps, &want.in_bank(bank))?;
+        let changes = self.banks[bank as usize].follow(maps, want)?;
         maps.config.insert(&config::REVISION, &revision)?;
         self.revision = revision;
         self.flipped = Some(Instant::now());
@@ -138,25 +138,11 @@ impl From<&Tables> for PolicySet {
     }
 }
 
-impl PolicySet {
-    fn in_bank(&self, bank: u32) -> PolicySet {
-        PolicySet {
-            subjects: in_bank(&self.subjects, bank),
-            modes: in_bank(&self.modes, bank),
-            policies: in_bank(&self.policies, bank),
-            classes: in_bank(&self.classes, bank),
-        }
-    }
-}
-
-fn in_bank<K: Banked, V: Copy>(rows: &BTreeMap<K, V>, bank: u32) -> BTreeMap<K, V> {
-    rows.iter().map(|(key, value)| (key.in_bank(bank), *value)).collect()
-}
-
 impl Bank {
     fn read(maps: &Maps, bank: u32) -> Result<Bank> {
         fn of<K: Banked, V: Shared + Eq>(table: &Table<K, V>, bank: u32) -> Result<Mirror<K, V>> {
-            Mirror::read(table, |key| key.bank() == bank)
+            let stored: fn(K) -> K = if bank == 0 { |key| key.in_bank(0) } else { |key| key.in_bank(1) };
+            Mirror::read_part(table, stored, |key| (key.bank() == bank).then(|| key.in_bank(0)))
         }
         Ok(Bank {
             subjects: of(&maps.subject, bank)?,
@@ -173,16 +159,12 @@ impl Bank {
             && *self.classes.have() == want.classes
     }
 
-    /// Nobody reads this bank now, so removing comes first: it makes room.
+    /// To be called on the inactive bank only.
     fn follow(&mut self, maps: &Maps, want: &PolicySet) -> Result<usize> {
-        Ok(self.subjects.remove_extra(&maps.subject, &want.subjects)?
-            + self.modes.remove_extra(&maps.mode, &want.modes)?
-            + self.policies.remove_extra(&maps.policy, &want.policies)?
-            + self.classes.remove_extra(&maps.cidr, &want.classes)?
-            + self.subjects.write_missing(&maps.subject, &want.subjects)?
-            + self.modes.write_missing(&maps.mode, &want.modes)?
-            + self.policies.write_missing(&maps.policy, &want.policies)?
-            + self.classes.write_missing(&maps.cidr, &want.classes)?)
+        Ok(self.subjects.follow(&maps.subject, &want.subjects)?
+            + self.modes.follow(&maps.mode, &want.modes)?
+            + self.policies.follow(&maps.policy, &want.policies)?
+            + self.classes.follow(&maps.cidr, &want.classes)?)
     }
 }
 

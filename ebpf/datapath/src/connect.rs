@@ -102,6 +102,10 @@ pub fn decide<T: Tables>(
     if endpoint.ifindex == caller.ifindex {
         return plan; // To itself: never leaves the namespace.
     }
+    // A datagram to an address may be an answer, which only TC can tell from a question: it tracks the flow.
+    if dial.protocol == UDP && plan.service == 0 {
+        return plan;
+    }
     plan.action = if endpoint.ifindex != 0 {
         local(tables, caller, &mut plan)
     } else {

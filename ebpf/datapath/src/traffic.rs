@@ -157,6 +157,15 @@ fn flow<T: Flows, P: Packet>(
     let known = tables.flow(&work.key, &mut work.state);
     // A SYN against the recorded sense is a new flow on old ports.
     let against = opens && (work.state.origin == OUT) != from;
+    // Refused without a trace in the entry: a forged reply must not cut a living flow.
+    if known
+        && !against
+        && !from
+        && work.state.origin == OUT
+        && !by_its_interface(tables, hook, &work.key.peer)
+    {
+        return Err(Reason::SourceAddress);
+    }
     let current = work.state.revision == revision && work.state.own == own.identity;
     if known && !against && current && proven(tables, hook, work) {
         describe_flow(own, work);
@@ -245,6 +254,9 @@ fn judge<T: Flows>(
     state.rule = 0;
     state.origin = if outgoing { OUT } else { IN };
     if outgoing {
+        if !from && !by_its_interface(tables, hook, &key.peer) {
+            return Err(Reason::SourceAddress);
+        }
         state.peer = ANONYMOUS;
         match tables.endpoint(&key.peer) {
             Some(endpoint) => {
@@ -311,13 +323,22 @@ fn owner<T: Flows>(tables: &T, addr: &Addr) -> u32 {
     }
 }
 
-/// Does this packet come from whom the entry says? Only the forward direction of an incoming flow shows that; elsewhere
-/// the entry stands until the revision moves, as it does whenever an address changes hands.
+/// Does the forward direction of an incoming flow still come from whom the entry says?
 #[inline(always)]
 fn proven<T: Flows>(tables: &T, hook: &Hook, work: &Work) -> bool {
     hook.direction == FROM
         || work.state.origin == OUT
         || sender(tables, hook, &work.key.peer) == work.state.peer
+}
+
+/// Does a reply come in by the interface of whom the workload asked? Shown only for workloads of this node; who is
+/// elsewhere comes by the wire, where the tunnel proves more than an interface could.
+#[inline(always)]
+fn by_its_interface<T: Flows>(tables: &T, hook: &Hook, asked: &Addr) -> bool {
+    match tables.endpoint(asked) {
+        Some(endpoint) => endpoint.ifindex == 0 || endpoint.ifindex == hook.ingress_ifindex,
+        None => true,
+    }
 }
 
 /// ICMP errors pass when they are about a flow that is tracked and allowed at this interface.

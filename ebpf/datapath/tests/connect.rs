@@ -76,9 +76,19 @@ fn a_remote_workload_is_reached_by_tunnel_unless_its_port_is_in_clear() {
 #[test]
 fn datagrams_have_no_tunnel() {
     let world = World::new();
-    assert_eq!(dial(&world, addr_remote(), 53, UDP).action, Action::Refuse(Reason::ClearToStrict));
+    publish_service(&world, 53, UDP, &[(addr_remote(), 53)]);
+    assert_eq!(dial(&world, vip(), 53, UDP).action, Action::Refuse(Reason::ClearToStrict));
     world.mode(REMOTE, Mode::Permissive);
-    assert_eq!(dial(&world, addr_remote(), 53, UDP).action, Action::Direct);
+    assert_eq!(dial(&world, vip(), 53, UDP).action, Action::Direct);
+}
+
+#[test]
+fn a_datagram_that_may_be_an_answer_is_left_to_tc() {
+    let world = World::new();
+    world.rule(A, B, 0, DENY);
+    for addr in [addr_remote(), addr_b()] {
+        assert_eq!(dial(&world, addr, 4000, UDP).action, Action::Pass);
+    }
 }
 
 #[test]

@@ -82,6 +82,22 @@ fn the_sender_is_known_by_its_interface_not_by_its_address() {
 }
 
 #[test]
+fn a_reply_comes_by_the_interface_of_whom_was_asked() {
+    let world = World::new();
+    allow(&world, A, B);
+    // B's address from an interface that is not enrolled, as the answer to something that A may have asked.
+    for forged in [data_from_b(), tcp((addr_b(), 80), (addr_a(), 4000), SYN_ACK, b"")] {
+        for ingress in [99, UPLINK, 0] {
+            assert_eq!(world.receives(IF_A, ingress, &forged), Err(Reason::SourceAddress));
+        }
+    }
+    // In the middle of a living flow too, which goes on.
+    assert_eq!(connect(&world), ACCEPTED);
+    assert_eq!(world.receives(IF_A, 99, &data_from_b()), Err(Reason::SourceAddress));
+    assert_eq!(world.receives(IF_A, IF_B, &data_from_b()), KNOWN);
+}
+
+#[test]
 fn a_workload_sends_from_its_own_addresses_only() {
     let world = World::new();
     allow(&world, A, B);

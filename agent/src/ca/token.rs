@@ -17,7 +17,8 @@ pub const DEFAULT_LIFETIME: Duration = Duration::from_secs(3600);
 /// Traces of a token are kept this long after it expired, so that a late user hears why.
 const KEPT: Duration = Duration::from_secs(24 * 3600);
 
-const PREFIX: &str = "weft-join-";
+/// What every join token begins with.
+pub const PREFIX: &str = "weft-join-";
 const TOKENS: &str = "tokens";
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -11,7 +11,7 @@ use super::ca_stream::CaStream;
 use super::ca_trust::{CaVerifier, Shown};
 use super::certificate::read_pem;
 use super::credentials::{Credentials, KeyRequest, Roots, split_chain};
-use super::node_file::{self, NodeFile};
+use super::node_file::{self, JOIN_PREFIX, NodeFile};
 use super::refusal::Refusal;
 use super::signer::SignError;
 use super::spiffe::{NodeName, TrustDomain};
@@ -38,8 +38,6 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 /// Bytes of an answer: a chain with several roots is some 10 KiB.
 const MAX_ANSWER_LEN: usize = 256 * 1024;
-/// What tokens for weft's own CA begin with.
-const JOIN_PREFIX: &str = "weft-join-";
 
 /// Where the CA is and how to prove who we are.
 #[derive(Clone, Debug)]

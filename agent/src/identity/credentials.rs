@@ -298,3 +298,78 @@ impl Live {
 fn unix_time(moment: SystemTime) -> UnixTime {
     UnixTime::since_unix_epoch(moment.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ca::request::SigningRequest;
+    use crate::ca::{self, Authority, Subject};
+    use std::time::Duration;
+
+    const CART: &str = "spiffe://cluster.local/ns/shop/sa/cart";
+
+    fn authority() -> (tempfile::TempDir, Authority) {
+        let dir = tempfile::tempdir().unwrap();
+        ca::init(dir.path(), &Default::default()).unwrap();
+        let authority = Authority::open(dir.path()).unwrap();
+        (dir, authority)
+    }
+
+    /// What an authority answers to a request for `cart`, an hour long.
+    fn answer(authority: &Authority, request: &KeyRequest) -> Vec<CertificateDer<'static>> {
+        let csr = SigningRequest::from_pem(&request.csr_pem().unwrap()).unwrap();
+        let subject = Subject::Workload(CART.parse().unwrap());
+        let issued = authority.issue(&subject, &csr.public_key, Duration::from_secs(3600)).unwrap();
+        split_chain(&issued.chain).unwrap().0
+    }
+
+    #[test]
+    fn a_good_answer_is_taken_and_a_bad_one_says_why() {
+        let (_dir, ca) = authority();
+        let (_other_dir, other) = authority();
+        let request = KeyRequest::new(CART).unwrap();
+        let chain = answer(&ca, &request);
+        let now = SystemTime::now();
+        let (hour, day) = (Duration::from_secs(3600), Duration::from_secs(86_400));
+        assert_eq!(Credentials::new(&request, chain.clone(), &ca.roots(), now).unwrap().uri(), CART);
+
+        let refused = |request: &KeyRequest, chain: &[CertificateDer<'static>], roots: &Roots, now| {
+            Credentials::new(request, chain.to_vec(), roots, now).unwrap_err().to_string()
+        };
+        let slow = refused(&request, &chain, &ca.roots(), now - hour);
+        assert!(slow.contains("valid only from") && slow.contains("check the clocks"), "{slow}");
+        let fast = refused(&request, &chain, &ca.roots(), now + day);
+        assert!(fast.contains("expired at") && fast.contains("check the clocks"), "{fast}");
+        let foreign = refused(&request, &chain, &other.roots(), now);
+        assert!(foreign.contains("does not chain to a trusted root"), "{foreign}");
+        let key = refused(&KeyRequest::new(CART).unwrap(), &chain, &ca.roots(), now);
+        assert!(key.contains("for another key"), "{key}");
+        let db = KeyRequest::with_key("spiffe://cluster.local/ns/shop/sa/db", &request.key_pem()).unwrap();
+        let identity = refused(&db, &chain, &ca.roots(), now);
+        assert!(
+            identity.contains("shop/sa/cart\"], not for spiffe://cluster.local/ns/shop/sa/db"),
+            "{identity}"
+        );
+        assert!(
+            refused(&request, &chain[..1], &ca.roots(), now).contains("does not chain"),
+            "intermediate missing"
+        );
+        assert!(refused(&request, &[], &ca.roots(), now).contains("no certificate"));
+    }
+
+    #[test]
+    fn an_answer_is_split_into_chain_and_roots() {
+        let (_dir, ca) = authority();
+        let request = KeyRequest::new(CART).unwrap();
+        let csr = SigningRequest::from_pem(&request.csr_pem().unwrap()).unwrap();
+        let issued =
+            ca.issue(&Subject::Workload(CART.parse().unwrap()), &csr.public_key, Duration::from_secs(60));
+        let pems = issued.unwrap().chain;
+        let (chain, roots) = split_chain(&pems).unwrap();
+        assert_eq!((chain.len(), roots.as_slice()), (2, ca.roots().certificates()));
+        // As one text, as some servers answer.
+        assert_eq!(split_chain(&[pems.concat()]).unwrap().0, chain);
+        assert!(matches!(split_chain(&pems[..2]), Err(CredentialError::NoRoot)));
+        assert!(matches!(split_chain(&["rubbish".to_owned()]), Err(CredentialError::Read(ReadError::Empty))));
+    }
+}

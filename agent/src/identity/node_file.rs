@@ -11,6 +11,9 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+/// What tokens for weft's own CA begin with.
+pub(super) const JOIN_PREFIX: &str = crate::ca::token::PREFIX;
+
 const MAX_FILE_LEN: u64 = 1 << 20;
 
 /// The files of one state directory.
@@ -98,13 +101,30 @@ impl NodeFile {
 }
 
 /// The token in a file, without line ends. A missing file is fine when `optional`.
+///
+/// A join token must be readable by its owner only. Other tokens are mounted by Kubernetes, which has its own modes.
 pub(super) fn read_token(path: &Path, optional: bool) -> Result<Option<String>, SignError> {
     let failed = |cause: String| SignError::File { path: path.display().to_string(), cause };
-    match std::fs::read_to_string(path) {
-        Ok(text) if text.trim().is_empty() => Err(failed("it holds no token".to_owned())),
-        Ok(text) => Ok(Some(text.trim().to_owned())),
-        Err(error) if error.kind() == ErrorKind::NotFound && optional => Ok(None),
-        Err(error) => Err(failed(error.to_string())),
+    let text = match std::fs::read_to_string(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound && optional => return Ok(None),
+        other => other.map_err(|error| failed(error.to_string()))?,
+    };
+    let token = text.trim();
+    if token.is_empty() {
+        return Err(failed("it holds no token".to_owned()));
+    }
+    if token.starts_with(JOIN_PREFIX) {
+        let mode = std::fs::metadata(path).map_err(|error| failed(error.to_string()))?.mode();
+        check_mode(mode).map_err(failed)?;
+    }
+    Ok(Some(token.to_owned()))
+}
+
+/// Nobody but the owner may read it.
+fn check_mode(mode: u32) -> Result<(), String> {
+    match mode & 0o077 {
+        0 => Ok(()),
+        _ => Err(format!("others can read it (mode {:o}); run `chmod 600` on it", mode & 0o777)),
     }
 }
 
@@ -115,10 +135,7 @@ fn read_secret(path: &Path) -> Result<Option<String>, SignError> {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         other => other.map_err(|error| failed(error.to_string()))?,
     };
-    let mode = file.metadata().map_err(|error| failed(error.to_string()))?.mode() & 0o777;
-    if mode & 0o077 != 0 {
-        return Err(failed(format!("others can read it (mode {mode:o}); run `chmod 600` on it")));
-    }
+    check_mode(file.metadata().map_err(|error| failed(error.to_string()))?.mode()).map_err(failed)?;
     let mut text = String::new();
     file.take(MAX_FILE_LEN).read_to_string(&mut text).map_err(|error| failed(error.to_string()))?;
     Ok(Some(text))

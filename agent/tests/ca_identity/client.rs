@@ -123,7 +123,7 @@ async fn a_node_whose_ca_was_replaced_joins_the_new_one() {
     let second = TestCa::start().await;
     node.config.url = format!("https://{}", second.address);
     node.config.ca_root = second.root();
-    std::fs::write(node.config.token.as_ref().unwrap(), second.token("a")).unwrap();
+    write_token(node.config.token.as_ref().unwrap(), second.token("a"));
     let store = node.store(TTL, &[CART]);
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let running = tokio::spawn(store.clone().run(async { drop(stopped.await) }));

@@ -8,6 +8,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -91,7 +92,7 @@ impl TestCa {
     pub(crate) fn node(&self, name: &str) -> TestNode {
         let state = tempfile::tempdir().unwrap();
         let token = state.path().join("token");
-        std::fs::write(&token, self.token(name)).unwrap();
+        write_token(&token, self.token(name));
         TestNode {
             config: CaClientConfig {
                 url: format!("https://{}", self.address),
@@ -167,6 +168,12 @@ pub(crate) fn forge(
     let leaf = params.signed_by(&key, &issuer).unwrap();
     let chain = vec![leaf.der().clone(), CertificateDer::from_pem_slice(intermediate.as_bytes()).unwrap()];
     (chain, PrivateKeyDer::Pkcs8(key.serialize_der().into()))
+}
+
+/// Writes a token as it must lie: for its owner only.
+pub(crate) fn write_token(path: &Path, token: impl AsRef<str>) {
+    std::fs::write(path, token.as_ref()).unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).unwrap();
 }
 
 /// Waits up to ten seconds for `condition`.

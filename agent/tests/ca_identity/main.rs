@@ -3,6 +3,7 @@
 mod client;
 mod fixture;
 mod handshake;
+mod istiod;
 mod renewal;
 mod rotation;
 mod server;

@@ -48,13 +48,20 @@ async fn tokens_are_good_for_one_node_and_one_key() {
 
     // The same token with another key.
     let thief = ca.node("a");
-    std::fs::write(thief.config.token.as_ref().unwrap(), &token).unwrap();
+    write_token(thief.config.token.as_ref().unwrap(), &token);
     let error = thief.store(TTL, &[CART]).credentials(&id(CART)).await.unwrap_err().to_string();
     assert!(error.contains("was used already"), "{error}");
 
+    // One that others can read.
+    let careless = ca.node("a");
+    let mode = std::fs::Permissions::from_mode(0o644);
+    std::fs::set_permissions(careless.config.token.as_ref().unwrap(), mode).unwrap();
+    let error = careless.store(TTL, &[CART]).credentials(&id(CART)).await.unwrap_err().to_string();
+    assert!(error.contains("others can read it (mode 644)"), "{error}");
+
     // The token of one node for another.
     let other = ca.node("b");
-    std::fs::write(other.config.token.as_ref().unwrap(), ca.token("a")).unwrap();
+    write_token(other.config.token.as_ref().unwrap(), ca.token("a"));
     let error = other.store(TTL, &[DB]).credentials(&id(DB)).await.unwrap_err().to_string();
     assert!(error.contains("node a may not have the identity of node b"), "{error}");
 
@@ -62,7 +69,7 @@ async fn tokens_are_good_for_one_node_and_one_key() {
     let late = ca::create_token(ca.dir.path(), &super::fixture::node("b"), Duration::ZERO).unwrap();
     for (token, sentence) in [(late.as_str(), "expired"), ("weft-join-0000", "is unknown here")] {
         let other = ca.node("b");
-        std::fs::write(other.config.token.as_ref().unwrap(), token).unwrap();
+        write_token(other.config.token.as_ref().unwrap(), token);
         let error = other.store(TTL, &[DB]).credentials(&id(DB)).await.unwrap_err().to_string();
         assert!(error.contains(sentence), "{error}");
     }

@@ -331,14 +331,13 @@ fn proven<T: Flows>(tables: &T, hook: &Hook, work: &Work) -> bool {
         || sender(tables, hook, &work.key.peer) == work.state.peer
 }
 
-/// Does a reply come in by the interface of whom the workload asked? Shown only for workloads of this node; who is
-/// elsewhere comes by the wire, where the tunnel proves more than an interface could.
+/// Does a reply come in by the interface of whom the workload asked? An enrolled interface lets out its own addresses
+/// only; any other is not that of a workload of this node. Who is elsewhere comes by the wire, where the tunnel proves
+/// more than an interface could.
 #[inline(always)]
 fn by_its_interface<T: Flows>(tables: &T, hook: &Hook, asked: &Addr) -> bool {
-    match tables.endpoint(asked) {
-        Some(endpoint) => endpoint.ifindex == 0 || endpoint.ifindex == hook.ingress_ifindex,
-        None => true,
-    }
+    tables.iface(hook.ingress_ifindex).is_some()
+        || tables.endpoint(asked).is_none_or(|endpoint| endpoint.ifindex == 0)
 }
 
 /// ICMP errors pass when they are about a flow that is tracked and allowed at this interface.

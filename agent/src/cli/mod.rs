@@ -1,8 +1,10 @@
 //! The commands that ask a running agent or read manifests; the terminal side of `weft`.
 
+mod agent;
 mod ca;
 pub mod client;
 mod observe;
+mod policy;
 mod rows;
 mod table;
 
@@ -84,7 +86,9 @@ fn carry_out(command: Command) -> Result<u8, Failure> {
         Command::Certs(query) => list::<CertRow>(&query, Table::Certs),
         Command::Ca(command) => ca::run(&command),
         Command::Observe(args) => observe::run(&args),
-        command => Err(anyhow::anyhow!("this build cannot do that yet: {command:?}").into()),
+        Command::Agent(args) => agent::agent(&args),
+        Command::Policy(command) => policy::run(&command),
+        Command::Detach(args) => agent::detach(&args),
     }
 }
 

@@ -1,0 +1,73 @@
+//! The snapshot as the proxy sees it.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use weft_policy::{Flow, Peer, SpiffeId};
+
+use super::Snapshot;
+use crate::proxy::{Access, Verdict, View, Workload};
+
+impl View for Snapshot {
+    fn workload(&self, addr: IpAddr) -> Option<Arc<Workload>> {
+        self.by_address.get(&addr.to_canonical()).cloned()
+    }
+
+    fn check(&self, access: &Access<'_>) -> Verdict {
+        let deny = |by: String| Verdict { allowed: false, by: by.into() };
+        let destination = access.destination;
+        let Some(known) = self.model.workload(&destination.namespace, &destination.name) else {
+            return deny(format!("{} is no workload any more", destination.full_name()));
+        };
+        if !known.enrolled || known.identity.spiffe.to_string() != destination.identity.as_str() {
+            return deny(format!("{} has another identity now", destination.full_name()));
+        }
+        let id = access.source;
+        let source = SpiffeId::new(id.trust_domain(), id.namespace(), id.service_account());
+        let decision = self.model.eval(&Flow {
+            source: Peer::Workload(&source),
+            source_addr: access.source_addr,
+            destination: &known.identity,
+            port: access.port,
+        });
+        let by = match decision.remedy {
+            Some(remedy) => format!("{}; {remedy}", decision.reason),
+            None => decision.reason,
+        };
+        Verdict { allowed: decision.verdict == weft_policy::Verdict::Allow, by: by.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::tests::{MESH, snapshot};
+
+    #[test]
+    fn policy_is_asked_with_the_certificates_identity() {
+        let snapshot = snapshot(MESH);
+        let db = snapshot.workload("::ffff:10.0.1.1".parse().expect("an address")).expect("known");
+        let allowed = |source: &str, port: u16| {
+            let source = source.parse().expect("a SPIFFE ID");
+            let source_addr = "10.0.0.1".parse().expect("an address");
+            snapshot.check(&Access { source: &source, source_addr, destination: &db, port }).allowed
+        };
+        assert!(allowed("spiffe://cluster.local/ns/shop/sa/web", 5433));
+        assert!(!allowed("spiffe://cluster.local/ns/shop/sa/web", 5432));
+        assert!(!allowed("spiffe://cluster.local/ns/shop/sa/lost", 5433));
+        assert!(!allowed("spiffe://other.domain/ns/shop/sa/web", 5433));
+    }
+
+    #[test]
+    fn a_workload_that_is_gone_or_changed_is_denied() {
+        let before = snapshot(MESH);
+        let db = before.workload("10.0.1.1".parse().expect("an address")).expect("known");
+        let source = "spiffe://cluster.local/ns/shop/sa/web".parse().expect("a SPIFFE ID");
+        let source_addr = "10.0.0.1".parse().expect("an address");
+        let access = Access { source: &source, source_addr, destination: &db, port: 5433 };
+        assert!(before.check(&access).allowed);
+        assert!(!Snapshot::empty().check(&access).allowed);
+        let after = snapshot(&MESH.replace("serviceAccountName: db", "serviceAccountName: other"));
+        assert!(!after.check(&access).allowed);
+    }
+}

@@ -66,24 +66,19 @@ impl Pins {
     /// Pins a link, in place of whatever was pinned under the name.
     pub(crate) fn pin_link(&self, link: impl AsFd, name: &str) -> Result<()> {
         let path = self.links().join(name);
-        remove_file(&path)?;
+        remove_link(&path)?;
         sys::pin(link.as_fd(), &path).map_err(Error::file("pin", path))
     }
 
     /// Removes a link's pin, and with it the attachment; nothing happens when there is none.
     pub(crate) fn unpin_link(&self, name: &str) -> Result<()> {
-        remove_file(&self.links().join(name))
+        remove_link(&self.links().join(name))
     }
 
     /// The names of all pinned links.
     pub(crate) fn link_names(&self) -> Result<Vec<String>> {
-        let directory = self.links();
-        let entries = fs::read_dir(&directory).map_err(Error::file("read", &directory))?;
-        entries
-            .map(|entry| {
-                Ok(entry.map_err(Error::file("read", &directory))?.file_name().to_string_lossy().into())
-            })
-            .collect()
+        let name = |path: PathBuf| Some(path.file_name()?.to_string_lossy().into_owned());
+        Ok(paths(&self.links())?.into_iter().filter_map(name).collect())
     }
 }
 
@@ -97,6 +92,9 @@ pub fn detach(root: &Path) -> Result<()> {
     }
     let _lock = lock(root)?;
     for version in versions(root)? {
+        for link in paths(&version.1.join("links"))? {
+            remove_link(&link)?;
+        }
         for part in ["links", "maps"] {
             let directory = version.1.join(part);
             match fs::remove_dir_all(&directory) {
@@ -124,8 +122,7 @@ fn version(root: &Path, abi: u32) -> PathBuf {
 /// The version directories below `root`.
 fn versions(root: &Path) -> Result<Vec<(u32, PathBuf)>> {
     let mut versions = Vec::new();
-    for entry in fs::read_dir(root).map_err(Error::file("read", root))? {
-        let path = entry.map_err(Error::file("read", root))?.path();
+    for path in paths(root)? {
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         if let Some(abi) = name.strip_prefix('v').and_then(|number| number.parse().ok()) {
             versions.push((abi, path));
@@ -151,9 +148,23 @@ fn make_directory(path: &Path) -> Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(Error::file("create", path))
 }
 
-fn remove_file(path: &Path) -> Result<()> {
+/// Detaches a pinned link and removes the pin.
+fn remove_link(path: &Path) -> Result<()> {
+    if let Ok(link) = sys::open_pin(path) {
+        // Where the kernel cannot, or the target is gone already, the last reference detaches a little later.
+        let _ = sys::link_detach(link.as_fd());
+    }
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::file("remove", path)(error)),
         _ => Ok(()),
     }
+}
+
+/// The paths in a directory; none when there is no directory.
+fn paths(directory: &Path) -> Result<Vec<PathBuf>> {
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(Error::file("read", directory))?,
+    };
+    entries.map(|entry| Ok(entry.map_err(Error::file("read", directory))?.path())).collect()
 }

@@ -66,7 +66,7 @@ impl Node {
             socket.unwrap().unwrap()
         };
         let (sender, receiver) = (bind(from), bind(to));
-        receiver.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        receiver.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
         sender.send_to(b"hello", receiver.local_addr().unwrap()).unwrap();
         receiver.recv(&mut [0; 8]).is_ok()
     }
@@ -145,6 +145,17 @@ fn enrolled_workloads_are_policed() {
     assert_ne!(applied.enrolled[0].ifindex, before);
     assert_eq!(kernel.maps.iface.lookup(&before).unwrap(), None);
     assert_eq!(kernel.links().unwrap().len(), 4);
+    assert!(node.reaches(0, 1) && !node.reaches(1, 0));
+
+    // One that hides from the agent is told of, and stays where it is.
+    ip(&["-n", node.pods[1].name(), "addr", "del", ADDRESSES[1], "dev", "eth0"]);
+    let applied = state.apply(&kernel, &desired);
+    assert!(matches!(&applied.problems[..], [(name, Error::NoInterface { .. })] if name == "test/1"));
+    assert!(!applied.renewed);
+    assert_eq!(kernel.links().unwrap().len(), 4);
+    ip(&["-n", node.pods[1].name(), "addr", "add", ADDRESSES[1], "dev", "eth0"]);
+    ip(&["-n", node.pods[1].name(), "route", "replace", "169.254.1.1", "dev", "eth0"]);
+    ip(&["-n", node.pods[1].name(), "route", "replace", "default", "via", "169.254.1.1", "dev", "eth0"]);
     assert!(node.reaches(0, 1) && !node.reaches(1, 0));
 
     // A workload that leaves is left alone; the other one does not know it any more.

@@ -4,6 +4,9 @@
 //! TC programs attached before its namespace (which redirects what it dials) and its endpoint (which makes others dial it
 //! directly) appear. Leaving happens in the reverse order.
 //!
+//! INVARIANT: what was once under control stays so until its workload leaves the manifests or its interface is gone;
+//! nothing that goes wrong in between detaches a program.
+//!
 //! INVARIANT: an address of the manifests is an endpoint even while its workload cannot be enrolled, or it would count
 //! as outside of the mesh and be reached in clear.
 
@@ -13,14 +16,14 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use weft_datapath::abi::{Addr, Endpoint, Iface, IfaceAddr, Netns as NetnsRow};
+use weft_datapath::abi::{Addr, Endpoint, Iface, IfaceAddr, Netns as NetnsRow, Shared};
 use weft_policy::model::cidr::{Cidr, addr, ip};
 
 use super::error::{Error, Result};
 use super::load::Kernel;
 use super::maps::{Maps, Prefix};
 use super::mirror::Mirror;
-use super::netlink::Netlink;
+use super::netlink::{Link, Netlink};
 use crate::netns::Netns;
 
 /// A workload of this node.
@@ -77,10 +80,13 @@ pub struct Enrolment {
     inside: Mirror<Prefix<Addr>, u32>,
 }
 
-/// The rows of one workload.
-struct Rows {
-    enrolled: Enrolled,
-    addresses: Vec<Addr>,
+/// A workload and where it is.
+struct Place<'a> {
+    workload: &'a Workload,
+    cookie: u64,
+    ifindex: u32,
+    /// `None`: it was enrolled here and cannot be looked at now.
+    netns: Option<Netns>,
 }
 
 impl Enrolment {
@@ -110,38 +116,50 @@ impl Enrolment {
         self.follow_plain(maps, &node_addrs, &desired.inside, &mut outcome);
 
         let mut endpoints = desired.endpoints.clone();
-        let mut rows: Vec<Rows> = Vec::new();
+        let mut places = Vec::new();
+        let mut policed = BTreeSet::new();
         let mut claims = Claims::default();
         for workload in &desired.local {
-            let found = find(workload, &mut route, &links)
-                .and_then(|(netns, ifindex)| {
-                    claims.check(workload, netns.cookie(), ifindex).map(|()| (netns, ifindex))
-                })
-                .and_then(|(netns, ifindex)| {
-                    self.police(kernel, workload, netns, ifindex, &mut outcome.moved)
-                });
-            match found {
-                Ok(row) => rows.push(row),
-                Err(error) => outcome.problems.push((workload.name.clone(), error)),
-            }
             for address in &workload.addresses {
                 let endpoint = Endpoint { identity: workload.identity, ..Endpoint::default() };
                 endpoints.entry(addr(*address)).or_insert(endpoint);
             }
-        }
-        for row in rows {
-            let Rows { enrolled, addresses } = &row;
-            let value =
-                NetnsRow { identity: enrolled.identity, ifindex: enrolled.ifindex, ..NetnsRow::default() };
-            if let Err(error) = self.netns.write(&maps.netns, enrolled.netns.cookie(), value) {
-                outcome.problems.push((enrolled.name.clone(), error));
+            let mut note = |error| outcome.problems.push((workload.name.clone(), error));
+            let place = match find(workload, &mut route, &links) {
+                Ok(place) => place,
+                Err(error) => {
+                    note(error);
+                    let Some(place) = self.former(workload, &links) else { continue };
+                    place
+                }
+            };
+            if let Err(error) = claims.check(&place) {
+                note(error);
                 continue;
             }
-            for address in addresses {
-                let (identity, ifindex) = (enrolled.identity, enrolled.ifindex);
-                endpoints.insert(*address, Endpoint { identity, ifindex, ..Endpoint::default() });
+            match self.police(kernel, &place) {
+                Ok(moved) => {
+                    outcome.moved |= moved;
+                    policed.insert(place.ifindex);
+                }
+                Err(error) => note(error),
             }
-            outcome.enrolled.push(row.enrolled);
+            places.push(place);
+        }
+        for &Place { workload, cookie, ifindex, .. } in &places {
+            if !policed.contains(&ifindex) {
+                continue;
+            }
+            let value = NetnsRow { identity: workload.identity, ifindex, ..NetnsRow::default() };
+            if let Err(error) = self.netns.write(&maps.netns, cookie, value) {
+                outcome.problems.push((workload.name.clone(), error));
+                policed.remove(&ifindex);
+                continue;
+            }
+            for address in &workload.addresses {
+                let endpoint = Endpoint { identity: workload.identity, ifindex, ..Endpoint::default() };
+                endpoints.insert(addr(*address), endpoint);
+            }
         }
         for (address, endpoint) in &endpoints {
             match self.endpoints.write(&maps.endpoint, *address, *endpoint) {
@@ -149,7 +167,13 @@ impl Enrolment {
                 Err(error) => outcome.problems.push((ip(address).to_string(), error)),
             }
         }
-        self.release(kernel, &endpoints, &mut outcome)?;
+        outcome.moved |= self.release(kernel, &places, &endpoints)?;
+        for Place { workload, ifindex, netns, .. } in places {
+            if let (true, Some(netns)) = (policed.contains(&ifindex), netns) {
+                let (name, identity) = (workload.name.clone(), workload.identity);
+                outcome.enrolled.push(Enrolled { name, identity, netns: Arc::new(netns), ifindex });
+            }
+        }
         Ok(outcome)
     }
 
@@ -170,71 +194,66 @@ impl Enrolment {
         note("addresses inside the mesh", self.inside.follow(&maps.inside, &inside));
     }
 
-    /// Puts a workload's interface under control.
-    fn police(
-        &mut self,
-        kernel: &Kernel,
-        workload: &Workload,
-        netns: Netns,
-        ifindex: u32,
-        moved: &mut bool,
-    ) -> Result<Rows> {
-        let maps = &kernel.maps;
-        let addresses: Vec<Addr> = workload.addresses.iter().map(|ip| addr(*ip)).collect();
-        for address in &addresses {
-            let key = IfaceAddr { ifindex, addr: *address };
-            self.iface_addrs.write(&maps.iface_addr, key, 1)?;
-        }
-        let iface = Iface { netns_cookie: netns.cookie(), identity: workload.identity, flags: 0 };
-        *moved |= self.ifaces.write(&maps.iface, ifindex, iface)?;
-        kernel.attach_interface(ifindex)?;
-        let enrolled = Enrolled {
-            name: workload.name.clone(),
-            identity: workload.identity,
-            netns: Arc::new(netns),
-            ifindex,
-        };
-        Ok(Rows { enrolled, addresses })
+    /// Where a workload was enrolled, if that interface still exists. A workload that hides (it may take its address off
+    /// its interface, or move the interface into a namespace below) stays under control that way.
+    fn former<'a>(&self, workload: &'a Workload, links: &[Link]) -> Option<Place<'a>> {
+        let addresses: BTreeSet<Addr> = workload.addresses.iter().map(|ip| addr(*ip)).collect();
+        let mut known = self.iface_addrs.have().keys().filter(|key| addresses.contains(&key.addr));
+        let ifindex = known.find(|key| links.iter().any(|link| link.index == key.ifindex))?.ifindex;
+        let cookie = self.ifaces.have().get(&ifindex)?.netns_cookie;
+        Some(Place { workload, cookie, ifindex, netns: None })
     }
 
-    /// Takes away what no enrolled workload needs.
+    /// Puts a workload's interface under control; `true` when it changed hands.
+    fn police(&mut self, kernel: &Kernel, place: &Place<'_>) -> Result<bool> {
+        let maps = &kernel.maps;
+        for key in place.addresses() {
+            self.iface_addrs.write(&maps.iface_addr, key, 1)?;
+        }
+        let iface = Iface { netns_cookie: place.cookie, identity: place.workload.identity, flags: 0 };
+        let moved = self.ifaces.write(&maps.iface, place.ifindex, iface)?;
+        kernel.attach_interface(place.ifindex)?;
+        Ok(moved)
+    }
+
+    /// Takes away what belongs to no place; `true` when an address or interface lost its owner.
     fn release(
         &mut self,
         kernel: &Kernel,
+        places: &[Place<'_>],
         endpoints: &BTreeMap<Addr, Endpoint>,
-        outcome: &mut Outcome,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let maps = &kernel.maps;
-        let cookies: BTreeSet<u64> =
-            outcome.enrolled.iter().map(|workload| workload.netns.cookie()).collect();
-        let ifaces: BTreeSet<u32> = outcome.enrolled.iter().map(|workload| workload.ifindex).collect();
+        let cookies: BTreeSet<u64> = places.iter().map(|place| place.cookie).collect();
+        let ifaces: BTreeSet<u32> = places.iter().map(|place| place.ifindex).collect();
+        let addresses: BTreeSet<IfaceAddr> = places.iter().flat_map(Place::addresses).collect();
 
-        outcome.moved |= self.endpoints.remove_extra(&maps.endpoint, endpoints)? != 0;
-        let stale: Vec<u64> =
-            self.netns.have().keys().filter(|key| !cookies.contains(key)).copied().collect();
-        for cookie in stale {
+        let mut moved = self.endpoints.remove_extra(&maps.endpoint, endpoints)? != 0;
+        for cookie in missing(&self.netns, &cookies) {
             self.netns.remove(&maps.netns, &cookie)?;
         }
         for ifindex in kernel.attached_interfaces()?.into_iter().filter(|ifindex| !ifaces.contains(ifindex)) {
             kernel.detach_interface(ifindex)?;
         }
-        let stale: Vec<u32> =
-            self.ifaces.have().keys().filter(|key| !ifaces.contains(key)).copied().collect();
-        for ifindex in stale {
-            outcome.moved |= self.ifaces.remove(&maps.iface, &ifindex)?;
+        for ifindex in missing(&self.ifaces, &ifaces) {
+            moved |= self.ifaces.remove(&maps.iface, &ifindex)?;
         }
-        let owned = |key: &IfaceAddr| {
-            endpoints
-                .get(&key.addr)
-                .is_some_and(|endpoint| endpoint.ifindex == key.ifindex && key.ifindex != 0)
-        };
-        let stale: Vec<IfaceAddr> =
-            self.iface_addrs.have().keys().filter(|key| !owned(key)).copied().collect();
-        for key in stale {
-            outcome.moved |= self.iface_addrs.remove(&maps.iface_addr, &key)?;
+        for key in missing(&self.iface_addrs, &addresses) {
+            moved |= self.iface_addrs.remove(&maps.iface_addr, &key)?;
         }
-        Ok(())
+        Ok(moved)
     }
+}
+
+impl Place<'_> {
+    fn addresses(&self) -> impl Iterator<Item = IfaceAddr> {
+        self.workload.addresses.iter().map(|ip| IfaceAddr { ifindex: self.ifindex, addr: addr(*ip) })
+    }
+}
+
+/// Keys of the map that `wanted` lacks.
+fn missing<K: Shared + Ord, V: Shared + Eq>(mirror: &Mirror<K, V>, wanted: &BTreeSet<K>) -> Vec<K> {
+    mirror.have().keys().filter(|key| !wanted.contains(key)).copied().collect()
 }
 
 /// Two workloads behind one interface or address could not be told apart.
@@ -244,7 +263,8 @@ struct Claims {
 }
 
 impl Claims {
-    fn check(&mut self, workload: &Workload, cookie: u64, ifindex: u32) -> Result<()> {
+    fn check(&mut self, place: &Place<'_>) -> Result<()> {
+        let Place { workload, cookie, ifindex, .. } = place;
         let addresses = workload.addresses.iter().map(|ip| format!("the address {ip}"));
         let kernel = [format!("interface {ifindex}"), format!("the network namespace with cookie {cookie}")];
         for what in addresses.chain(kernel) {
@@ -260,12 +280,8 @@ impl Claims {
     }
 }
 
-/// A workload's namespace, and the host side of the veth that carries its addresses.
-fn find(
-    workload: &Workload,
-    host: &mut Netlink,
-    host_links: &[super::netlink::Link],
-) -> Result<(Netns, u32)> {
+/// Where a workload is: its namespace, and the host side of the veth that carries its addresses.
+fn find<'a>(workload: &'a Workload, host: &mut Netlink, host_links: &[Link]) -> Result<Place<'a>> {
     let path = || workload.netns.clone();
     let entered = |source| Error::Netns { path: path(), source };
     let netlink = |source| Error::Netlink { action: "list a workload's interfaces", source };
@@ -294,7 +310,7 @@ fn find(
     if end.kind != "veth" || end.peer != Some(index) || end.peer_netns != Some(id) {
         return Err(not_ours());
     }
-    Ok((netns, ifindex))
+    Ok(Place { workload, cookie: netns.cookie(), ifindex, netns: Some(netns) })
 }
 
 fn prefix(range: &Cidr) -> Prefix<Addr> {
@@ -308,17 +324,20 @@ mod tests {
 
     #[test]
     fn nobody_shares_an_address_or_interface() {
-        let workload = |name: &str, ip: &str| Workload {
-            name: name.into(),
-            identity: 16,
-            netns: "/run/netns/x".into(),
-            addresses: vec![ip.parse().unwrap()],
-        };
         let mut claims = Claims::default();
-        claims.check(&workload("a/a", "10.0.0.1"), 1, 2).unwrap();
-        claims.check(&workload("a/b", "10.0.0.2"), 3, 4).unwrap();
-        assert!(matches!(claims.check(&workload("a/c", "10.0.0.1"), 5, 6), Err(Error::Twice { .. })));
-        assert!(matches!(claims.check(&workload("a/c", "10.0.0.3"), 3, 6), Err(Error::Twice { .. })));
-        assert!(matches!(claims.check(&workload("a/c", "10.0.0.3"), 5, 2), Err(Error::Twice { .. })));
+        let mut check = |name: &str, ip: &str, cookie, ifindex| {
+            let workload = Workload {
+                name: name.into(),
+                identity: 16,
+                netns: "/run/netns/x".into(),
+                addresses: vec![ip.parse().unwrap()],
+            };
+            claims.check(&Place { workload: &workload, cookie, ifindex, netns: None })
+        };
+        check("a/a", "10.0.0.1", 1, 2).unwrap();
+        check("a/b", "10.0.0.2", 3, 4).unwrap();
+        for (ip, cookie, ifindex) in [("10.0.0.1", 5, 6), ("10.0.0.3", 3, 6), ("10.0.0.3", 5, 2)] {
+            assert!(matches!(check("a/c", ip, cookie, ifindex), Err(Error::Twice { .. })));
+        }
     }
 }

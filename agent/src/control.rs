@@ -8,7 +8,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::Context;
 use tokio::sync::watch;
 use weft_datapath::abi::ServiceKey;
 use weft_policy::{Cidr, ObjectStore, Problem, Severity};
@@ -61,6 +60,7 @@ pub struct Control {
     unreadable: BTreeMap<String, String>,
     desired: Option<Desired>,
     unenrollable: Vec<(String, String)>,
+    unnumbered: Vec<(String, String)>,
     told: BTreeSet<String>,
     outlets: Outlets,
 }
@@ -80,6 +80,7 @@ impl Control {
             unreadable: BTreeMap::new(),
             desired: None,
             unenrollable: Vec::new(),
+            unnumbered: Vec::new(),
             told: BTreeSet::new(),
             outlets,
         })
@@ -87,10 +88,10 @@ impl Control {
 
     /// Takes the manifests as they are now and brings everything in line with them. Also to be called without a change,
     /// because interfaces and namespaces come and go by themselves.
-    pub fn turn(&mut self, files: Files) -> anyhow::Result<()> {
+    pub fn turn(&mut self, files: Files) {
         let start = Instant::now();
         let fresh = self.take(files) || self.desired.is_none();
-        let next = if fresh { Some(self.resolve()?) } else { None };
+        let next = fresh.then(|| self.resolve());
         if let Some(next) = &next {
             self.desired = Some(next.desired(&self.mesh_cidrs));
             self.unenrollable.clone_from(&next.unenrollable);
@@ -103,6 +104,7 @@ impl Control {
         let mut problems: Vec<ProblemRow> =
             applied.problems.iter().map(|(place, error)| row("datapath", place, error)).collect();
         problems.extend(self.unenrollable.iter().map(|(place, why)| row("workload", place, why)));
+        problems.extend(self.unnumbered.iter().map(|(place, why)| row("datapath", place, why)));
         problems.extend(self.unreadable.iter().map(|(place, why)| row("manifests", place, why)));
         let mut cut = 0;
         if applied.renewed {
@@ -134,7 +136,6 @@ impl Control {
                 services,
             });
         });
-        Ok(())
     }
 
     /// Is something waiting for what no file event will tell, such as a namespace that appears?
@@ -168,18 +169,21 @@ impl Control {
         changed
     }
 
-    fn resolve(&mut self) -> anyhow::Result<Snapshot> {
+    /// An identity without a number (the map is full) has no rows: flows to it are refused, and the others go on.
+    fn resolve(&mut self) -> Snapshot {
         let model = self.store.model(self.settings.clone());
         let mut numbers = snapshot::Numbers::new();
+        self.unnumbered.clear();
         for identity in model.identities() {
-            let number = self.numbers.number(&self.kernel.maps, &identity.to_string());
-            let number = number.with_context(|| format!("{} gets no number", identity.spiffe))?;
-            numbers.insert(identity, number);
+            match self.numbers.number(&self.kernel.maps, &identity.to_string()) {
+                Ok(number) => drop(numbers.insert(identity, number)),
+                Err(error) => self.unnumbered.push((identity.spiffe.to_string(), error.to_string())),
+            }
         }
         let mut problems: Vec<Problem> = self.store.problems().chain(model.problems()).cloned().collect();
         problems.sort();
         problems.dedup();
-        Ok(Snapshot::new(&self.node, model, numbers, problems))
+        Snapshot::new(&self.node, model, numbers, problems)
     }
 
     fn publish(&mut self, next: Arc<Snapshot>) {

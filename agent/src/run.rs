@@ -185,7 +185,7 @@ async fn follow_manifests(dir: PathBuf, mut control: Control, drain: Drain) -> a
         (control, waiting, unreadable) = tokio::task::spawn_blocking(move || {
             let mut broken = false;
             match files::read(&path) {
-                Ok((files, _)) => control.turn(files)?,
+                Ok((files, _)) => control.turn(files),
                 Err(error) => {
                     // A directory that cannot be listed says nothing about its manifests: they stay in force.
                     if !unreadable {
@@ -198,10 +198,10 @@ async fn follow_manifests(dir: PathBuf, mut control: Control, drain: Drain) -> a
                 }
             }
             let waiting = broken || control.is_waiting();
-            anyhow::Ok((control, waiting, broken))
+            (control, waiting, broken)
         })
         .await
-        .context("a turn failed")??;
+        .context("a turn failed")?;
         tokio::select! {
             changed = watch.changed() => changed.context("cannot watch files")?,
             () = tokio::time::sleep(IMPATIENT), if waiting => {}

@@ -99,6 +99,11 @@ impl Row for ConnectionRow {
     }
 }
 
+/// `O=weft, CN=root` as `root`.
+fn common_name(name: &str) -> &str {
+    name.rsplit_once("CN=").map_or(name, |(_, name)| name)
+}
+
 impl Row for CertRow {
     const HEADING: &'static [&'static str] = &["IDENTITY", "SERIAL", "EXPIRES IN", "RENEWS AT", "CHAIN"];
     fn cells(&self) -> Vec<String> {
@@ -109,10 +114,15 @@ impl Row for CertRow {
         };
         vec![
             principal(&self.identity),
-            or_dash(&self.serial),
+            // Enough to tell certificates apart; `-o json` has it whole, and the issuers' full names.
+            or_dash(&self.serial.chars().take(12).collect::<String>()),
             expiry,
             or_dash(&self.renews_at),
-            if self.problem.is_empty() { self.chain.join(" < ") } else { red(&self.problem) },
+            if self.problem.is_empty() {
+                self.chain.iter().map(|name| common_name(name)).collect::<Vec<_>>().join(" < ")
+            } else {
+                red(&self.problem)
+            },
         ]
     }
 }

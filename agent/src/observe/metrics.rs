@@ -383,7 +383,12 @@ impl Collector for Page {
         let help = "Connections that weft_tcp_rtt_seconds adds up";
         counters(&mut out, "weft_tcp_rtt_connections", help, services(|s| s.closed as f64))?;
         let runs = r.programs.iter().map(|p| ([("program", p.name.as_str())], p.run_seconds));
-        counters(&mut out, "weft_program_run_seconds", "CPU time of a BPF program", runs)?;
+        counters(
+            &mut out,
+            "weft_program_run_seconds",
+            "CPU time of a BPF program; counted while kernel.bpf_stats_enabled is 1",
+            runs,
+        )?;
         for (name, help, histogram) in [
             (
                 "weft_handshake_seconds",

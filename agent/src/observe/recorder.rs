@@ -10,12 +10,12 @@ use weft_datapath::event;
 use weft_datapath::identity::{ANONYMOUS, NODE};
 use weft_datapath::reason::Reason as Drop;
 use weft_policy::model::cidr::ip;
-use weft_policy::{Flow, Peer};
+use weft_policy::{Decision, Flow, Peer, RuleRef};
 
 use super::events::{Bytes, EventLog, FlowEvent, Party, rfc3339};
 use super::metrics::{Metrics, Security, TcpLabels, TcpTotals};
 use crate::kernel::destroy::Cut;
-use crate::proxy::{self, ConnectionEvent, Happening, ReasonKind};
+use crate::proxy::{self, Access, ConnectionEvent, Happening, ReasonKind, Reporter};
 use crate::snapshot::{Snapshot, end_of_peer};
 
 /// See the module.
@@ -100,7 +100,7 @@ impl proxy::Recorder for Recorder {
             address: at.ip().to_string(),
             port: at.port(),
         };
-        self.events.push(FlowEvent {
+        let mut flow = FlowEvent {
             time: rfc3339(SystemTime::now()),
             verdict: if denied { "denied" } else { "allowed" }.into(),
             what: what.into(),
@@ -118,7 +118,21 @@ impl proxy::Recorder for Recorder {
             bytes: matches!(event.happening, Happening::Closed(_))
                 .then_some(Bytes { to_server: event.to_server, to_client: event.to_client }),
             ..FlowEvent::default()
-        });
+        };
+        // Policy is the business of the server's side; the client's side only hears of it.
+        if denied && event.reporter == Reporter::Destination && flow.reason == ReasonKind::Policy.name() {
+            let access = Access {
+                source: &event.source,
+                source_addr: event.client.ip(),
+                destination: &event.destination,
+                port: event.target.port(),
+            };
+            if let Ok(Decision { rule: Some(rule), .. }) = snapshot.decide(&access) {
+                set_rule(&mut flow, &rule);
+                self.metrics.policy_denial(&flow.policy, 1);
+            }
+        }
+        self.events.push(flow);
     }
 
     fn problem(&self, problem: proxy::Problem) {
@@ -188,12 +202,16 @@ fn describe(snapshot: &Snapshot, event: &Event) -> FlowEvent {
 
 fn name_rule(snapshot: &Snapshot, flow: &mut FlowEvent, rule: u32) {
     if let Some(rule) = snapshot.tables.rule(rule) {
-        flow.policy = rule.object.to_string();
-        flow.rule = match rule.index {
-            Some(index) => format!("rules[{index}] ({})", rule.action.name()),
-            None => rule.action.name().into(),
-        };
+        set_rule(flow, rule);
     }
+}
+
+fn set_rule(flow: &mut FlowEvent, rule: &RuleRef) {
+    flow.policy = rule.object.to_string();
+    flow.rule = match rule.index {
+        Some(index) => format!("rules[{index}] ({})", rule.action.name()),
+        None => rule.action.name().into(),
+    };
 }
 
 /// What the policy says, and what would have allowed it.

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use weft_policy::{Flow, Peer, SpiffeId};
+use weft_policy::{Decision, Flow, Peer, SpiffeId};
 
 use super::Snapshot;
 use crate::proxy::{Access, Verdict, View, Workload};
@@ -14,27 +14,36 @@ impl View for Snapshot {
     }
 
     fn check(&self, access: &Access<'_>) -> Verdict {
-        let deny = |by: String| Verdict { allowed: false, by: by.into() };
-        let destination = access.destination;
-        let Some(known) = self.model.workload(&destination.namespace, &destination.name) else {
-            return deny(format!("{} is no workload any more", destination.full_name()));
+        let decision = match self.decide(access) {
+            Ok(decision) => decision,
+            Err(why) => return Verdict { allowed: false, by: why.into() },
         };
-        if !known.enrolled || known.identity.spiffe.to_string() != destination.identity.as_str() {
-            return deny(format!("{} has another identity now", destination.full_name()));
-        }
-        let id = access.source;
-        let source = SpiffeId::new(id.trust_domain(), id.namespace(), id.service_account());
-        let decision = self.model.eval(&Flow {
-            source: Peer::Workload(&source),
-            source_addr: access.source_addr,
-            destination: &known.identity,
-            port: access.port,
-        });
         let by = match decision.remedy {
             Some(remedy) => format!("{}; {remedy}", decision.reason),
             None => decision.reason,
         };
         Verdict { allowed: decision.verdict == weft_policy::Verdict::Allow, by: by.into() }
+    }
+}
+
+impl Snapshot {
+    /// What policy says of an access through the tunnel; an error where the destination is not what was asked for.
+    pub fn decide(&self, access: &Access<'_>) -> Result<Decision, String> {
+        let destination = access.destination;
+        let Some(known) = self.model.workload(&destination.namespace, &destination.name) else {
+            return Err(format!("{} is no workload any more", destination.full_name()));
+        };
+        if !known.enrolled || known.identity.spiffe.to_string() != destination.identity.as_str() {
+            return Err(format!("{} has another identity now", destination.full_name()));
+        }
+        let id = access.source;
+        let source = SpiffeId::new(id.trust_domain(), id.namespace(), id.service_account());
+        Ok(self.model.eval(&Flow {
+            source: Peer::Workload(&source),
+            source_addr: access.source_addr,
+            destination: &known.identity,
+            port: access.port,
+        }))
     }
 }
 

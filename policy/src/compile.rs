@@ -9,10 +9,11 @@
 
 use crate::eval::blocked_object;
 use crate::model::cidr::{Cidr, addr};
-use crate::model::{Identity, Model, SpiffeId};
+use crate::model::{Identity, Model};
 use crate::source::core::Balance;
 use crate::source::rule::{Facts, Match, Test};
 use crate::source::{Action, AuthorizationPolicy};
+use crate::sources::{Group, Source, Sources};
 use crate::tables::{RuleAction, RuleRef, ServiceEntry, Tables};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -20,7 +21,7 @@ use std::sync::Arc;
 use weft_datapath::abi::{
     Backend, Endpoint, ModeKey, PolicyKey, PolicyValue, ServiceKey, Subject, SubjectKey,
 };
-use weft_datapath::identity::{ANONYMOUS, ANY, NODE};
+use weft_datapath::identity::ANY;
 use weft_datapath::policy::{ALLOW, BY_CLASS, DENY, HTTP, Mode, PORT_MODES};
 use weft_datapath::service::{LEAST_CONNECTIONS, ROUND_ROBIN};
 
@@ -126,19 +127,21 @@ impl<'a> Profile<'a> {
     }
 
     fn rows(&self, model: &Model, classes: &Classes, sources: &Sources<'_>) -> Vec<ClassRows> {
-        let tests = self.policies(model).flat_map(|(_, policy)| &policy.rules).flat_map(|rule| rule.tests());
-        let mut ports: BTreeSet<u16> =
-            tests.filter_map(|test| if let Test::Port(port) = test { Some(*port) } else { None }).collect();
+        let tests =
+            || self.policies(model).flat_map(|(_, policy)| &policy.rules).flat_map(|rule| rule.tests());
+        let port = |test: &Test| if let Test::Port(port) = test { Some(*port) } else { None };
+        let mut ports: BTreeSet<u16> = tests().filter_map(port).collect();
         ports.extend(self.ports.keys().chain(self.probes));
+        let groups = sources.groups(tests(), &model.settings.trust_domain);
         let last = if self.by_class(classes) { classes.list.len() as u32 } else { 0 };
-        (0..=last).map(|class| self.class_rows(model, classes, sources, class, &ports)).collect()
+        (0..=last).map(|class| self.class_rows(model, classes, &groups, class, &ports)).collect()
     }
 
     fn class_rows(
         &self,
         model: &Model,
         classes: &Classes,
-        sources: &Sources<'_>,
+        groups: &[Group<'_>],
         class: u32,
         ports: &BTreeSet<u16>,
     ) -> ClassRows {
@@ -149,13 +152,13 @@ impl<'a> Profile<'a> {
             row.insert(0, other);
             Arc::new(row)
         };
-        let rows: Vec<(Arc<Row>, &[u32])> =
-            sources.list.iter().map(|(source, numbers)| (row(source), &numbers[..])).collect();
+        let rows: Vec<(Arc<Row>, &Group<'_>)> =
+            groups.iter().map(|group| (row(&group.source), group)).collect();
         let mut weight: BTreeMap<&Row, usize> = BTreeMap::new();
-        for (row, numbers) in &rows {
-            *weight.entry(row).or_default() += numbers.len();
+        for (row, group) in &rows {
+            *weight.entry(row).or_default() += group.numbers.len();
         }
-        // The most common row; among equals the first in order of sources, where the anonymous one comes first.
+        // The most common row; among equals the first in order of groups, where the anonymous source comes first.
         let heaviest = weight.values().max().copied().unwrap_or(0);
         let any = rows
             .iter()
@@ -164,7 +167,7 @@ impl<'a> Profile<'a> {
             .unwrap_or_default();
         let different = rows.iter().filter(|(row, _)| *row != any);
         let own = different
-            .flat_map(|(row, numbers)| numbers.iter().map(|number| (*number, row.clone())))
+            .flat_map(|(row, group)| group.numbers.iter().map(|number| (number, row.clone())))
             .collect();
         ClassRows { class, any, own }
     }
@@ -237,29 +240,6 @@ fn write_rows(destination: u32, rows: &ClassRows, tables: &mut Tables) {
             let key = PolicyKey { bank: 0, destination, source, class: rows.class, port: *port, pad: 0 };
             tables.policies.insert(key, PolicyValue { verdict: *verdict, rule: number });
         }
-    }
-}
-
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
-enum Source<'a> {
-    Anonymous,
-    Node,
-    Workload(&'a SpiffeId),
-}
-
-/// Sources that policies can tell apart, with their numbers.
-struct Sources<'a> {
-    list: Vec<(Source<'a>, Vec<u32>)>,
-}
-
-impl<'a> Sources<'a> {
-    fn new(numbered: &[(&'a Arc<Identity>, u32)]) -> Self {
-        let mut by_source =
-            BTreeMap::from([(Source::Anonymous, vec![ANONYMOUS]), (Source::Node, vec![NODE])]);
-        for (identity, number) in numbered {
-            by_source.entry(Source::Workload(&identity.spiffe)).or_default().push(*number);
-        }
-        Sources { list: by_source.into_iter().collect() }
     }
 }
 

@@ -205,7 +205,10 @@ fn deny(rule: Option<RuleRef>, reason: String, remedy: String) -> Decision {
 }
 
 fn http(rule: Option<RuleRef>) -> Decision {
-    let remedy = "an ALLOW rule without HTTP attributes that matches first, or the HTTP engine".to_owned();
-    let reason = "the verdict depends on HTTP, and no HTTP engine is in the path".to_owned();
+    let remedy = "an ALLOW rule without HTTP attributes that matches, or the HTTP engine".to_owned();
+    let reason =
+        "the verdict depends on HTTP (or on which of its addresses the destination was reached by), and \
+                  nothing in the path can tell"
+            .to_owned();
     Decision { verdict: Verdict::Http, rule, reason, remedy: Some(remedy) }
 }

@@ -208,3 +208,31 @@ fn unenforceable_actions_are_named() {
         assert!(problems.iter().any(|p| p.contains("refuse all traffic")), "{spec}: {problems:?}");
     }
 }
+
+#[test]
+fn services_that_claim_one_address_and_policies_that_tear_an_identity() {
+    let service = |name: &str| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{clusterIP: 10.96.0.1, ports: [{{port: \
+             80}}]}}\n---\n"
+        )
+    };
+    says(
+        &(service("a") + &service("b")),
+        &[
+            "f.yaml:6: warning: document 2, Service default/b, spec.clusterIP: 10.96.0.1 port 80 already belongs to \
+           Service default/a, which counts",
+        ],
+    );
+    let pods = format!("{POD}---\n{}", POD.replace("name: p", "name: q").replace("0.1", "0.2"));
+    let policy = "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: a}\nspec: {rules: \
+                  [{when: [{key: destination.ip, values: [10.0.0.1]}]}]}\n";
+    says(
+        &(pods + policy),
+        &[
+            "f.yaml:11: warning: document 3, AuthorizationPolicy default/a, spec.rules: destination.ip 10.0.0.1/32 holds \
+           for some addresses of spiffe://cluster.local/ns/default/sa/default and not for others; where that decides, \
+           flows are refused: give these pods different labels or service accounts",
+        ],
+    );
+}

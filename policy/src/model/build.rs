@@ -50,6 +50,9 @@ impl Model {
         }
         model.blocked.sort_by(|a, b| (&a.object, &a.origin).cmp(&(&b.object, &b.origin)));
         model.authentication.sort_by(|a, b| age(a).cmp(&age(b)));
+        for (index, named) in model.authentication.iter().enumerate() {
+            model.authentication_in.entry(named.object.namespace.clone()).or_default().push(index);
+        }
         model.index_addresses();
         for object in objects.values() {
             if let Spec::Service(service) = &object.spec {
@@ -62,11 +65,11 @@ impl Model {
             }
         }
         model.apply_rules(&rules);
-        model.check_references(&objects);
+        model.check(objects.values());
         model
     }
 
-    fn problem(&mut self, object: &Object, severity: Severity, field: &str, message: String) {
+    pub(super) fn problem(&mut self, object: &Object, severity: Severity, field: &str, message: String) {
         let (origin, name) = (object.meta.origin.clone(), Some(object.meta.object.clone()));
         self.problems.push(Problem { origin, severity, object: name, field: field.into(), message });
     }
@@ -194,7 +197,7 @@ impl Model {
                 }
             }
             if slices.is_none() && !service.selector.is_empty() {
-                for pod in self.workloads.iter().filter(|pod| *pod.namespace == *key.0 && pod.ready) {
+                for pod in self.workloads_in(key.0).iter().filter(|pod| pod.ready) {
                     let selected = service
                         .selector
                         .iter()
@@ -208,6 +211,12 @@ impl Model {
             ServicePort { name: port.name.clone(), port: port.port, protocol: port.protocol, backends }
         };
         service.ports.iter().map(port).collect()
+    }
+
+    fn workloads_in(&self, namespace: &str) -> &[Workload] {
+        let first = self.workloads.partition_point(|workload| *workload.namespace < *namespace);
+        let rest = &self.workloads[first..];
+        &rest[..rest.partition_point(|workload| *workload.namespace == *namespace)]
     }
 
     fn apply_rules(&mut self, rules: &[(&Arc<Object>, &core::DestinationRule)]) {
@@ -225,49 +234,20 @@ impl Model {
     }
 
     /// `name`, `name.namespace`, `name.namespace.svc` or `name.namespace.svc.<cluster domain>`.
-    fn service_index(&self, host: &str, namespace: &str) -> Option<usize> {
+    pub(super) fn service_index(&self, host: &str, namespace: &str) -> Option<usize> {
         let mut parts = host.splitn(3, '.');
         let name = parts.next()?;
         let namespace = parts.next().unwrap_or(namespace);
         if parts.next().is_some_and(|rest| rest != "svc" && !rest.starts_with("svc.")) {
             return None;
         }
-        self.services.iter().position(|service| *service.name == *name && *service.namespace == *namespace)
-    }
-
-    fn check_references(&mut self, objects: &BTreeMap<ObjectRef, &Arc<Object>>) {
-        for object in objects.values() {
-            let mut found = Vec::new();
-            let namespace = &object.meta.object.namespace;
-            match &object.spec {
-                Spec::Routing { hosts } => {
-                    let missing = hosts.iter().filter(|host| self.service_index(host, namespace).is_none());
-                    let missing: BTreeSet<_> = missing.collect();
-                    found.extend(
-                        missing.into_iter().map(|host| ("spec", format!("no Service is called {host:?}"))),
-                    );
-                }
-                Spec::AuthorizationPolicy(policy) => {
-                    if policy.rules.iter().any(|rule| rule.needs_http()) {
-                        found.push(("spec.rules", NEEDS_HTTP.into()));
-                    }
-                    if policy.dry_run {
-                        found.push(("metadata.annotations", "dry-run: recorded, not enforced".into()));
-                    }
-                }
-                _ => {}
-            }
-            for (field, message) in found {
-                self.problem(object, Severity::Warning, field, message);
-            }
-        }
+        let key = |service: &Service| (&*service.namespace, &*service.name).cmp(&(namespace, name));
+        self.services.binary_search_by(key).ok()
     }
 }
 
 const SELECTOR_IN_ROOT: &str = "a PeerAuthentication of the root namespace holds for the whole mesh and takes no selector; \
      move it to the namespace of the workloads";
-const NEEDS_HTTP: &str = "rules with HTTP attributes need the HTTP engine; until it runs, flows that they would decide are refused";
-
 fn named<T>(object: &Object, policy: T) -> Named<T> {
     let meta = &object.meta;
     Named { object: meta.object.clone(), origin: meta.origin.clone(), created: meta.created.clone(), policy }

@@ -3,6 +3,7 @@
 //! Which policies select a workload is decided here and nowhere else; [`crate::eval`] and [`crate::compile()`] both ask.
 
 mod build;
+mod check;
 pub mod cidr;
 pub mod identity;
 
@@ -12,6 +13,7 @@ pub use identity::{Identity, SpiffeId};
 use crate::error::{ObjectRef, Origin, Problem};
 use crate::source::core::{Balance, ContainerPort};
 use crate::source::{AuthorizationPolicy, MtlsMode, PeerAuthentication, Reach, Selector};
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -128,6 +130,8 @@ pub struct Model {
     pub(crate) authorization: Vec<Named<AuthorizationPolicy>>,
     /// Oldest first.
     pub(crate) authentication: Vec<Named<PeerAuthentication>>,
+    /// Positions in `authentication` by namespace, oldest first.
+    authentication_in: BTreeMap<Arc<str>, Vec<usize>>,
     pub(crate) blocked: Vec<Blocked>,
     /// Addresses that belong to the mesh, and to nobody whom a policy could name.
     refused: BTreeSet<IpAddr>,
@@ -202,11 +206,24 @@ impl Model {
         &'a self,
         destination: &'a Identity,
     ) -> impl Iterator<Item = usize> + 'a {
-        let selected = self.authorization.iter().enumerate().filter(move |(_, named)| {
-            !named.policy.dry_run
-                && self.selects(Some(&named.object.namespace), &named.policy.selector, destination)
-        });
-        selected.map(|(index, _)| index)
+        let start = |namespace: &str| {
+            self.authorization.partition_point(|named| *named.object.namespace < *namespace)
+        };
+        let range = |namespace: &str| {
+            let first = start(namespace);
+            let rest = &self.authorization[first..];
+            first..first + rest.partition_point(|named| *named.object.namespace == *namespace)
+        };
+        let (own, root) = (&*destination.spiffe.namespace, &*self.settings.root_namespace);
+        let ranges = match own.cmp(root) {
+            Ordering::Less => [range(own), range(root)],
+            Ordering::Equal => [range(own), 0..0],
+            Ordering::Greater => [range(root), range(own)],
+        };
+        ranges.into_iter().flatten().filter(move |index| {
+            let Named { object, policy, .. } = &self.authorization[*index];
+            !policy.dry_run && self.selects(Some(&object.namespace), &policy.selector, destination)
+        })
     }
 
     /// The first policy that cannot be enforced and would have selected this destination.
@@ -228,18 +245,16 @@ impl Model {
     /// The mTLS modes of a destination: mesh, then namespace, then workload; the oldest of each; UNSET inherits
     /// (istio:pilot/pkg/security/authn/policy_applier.go, ComposePeerAuthentication).
     pub fn modes(&self, destination: &Identity) -> Modes<'_> {
-        let first = |wanted: &dyn Fn(&Named<PeerAuthentication>) -> bool| {
-            self.authentication.iter().find(|named| wanted(named))
+        let of = |namespace: &Arc<str>| self.authentication_in.get(namespace).into_iter().flatten();
+        let first = |namespace: &Arc<str>, wanted: &dyn Fn(&Named<PeerAuthentication>) -> bool| {
+            of(namespace).map(|index| &self.authentication[*index]).find(|named| wanted(named))
         };
-        let root = &self.settings.root_namespace;
-        let here = |named: &Named<PeerAuthentication>| named.object.namespace == destination.spiffe.namespace;
+        let (own, root) = (&destination.spiffe.namespace, &self.settings.root_namespace);
         let wide = |named: &Named<PeerAuthentication>| named.policy.selector.is_empty();
-        let mesh = first(&|named| named.object.namespace == *root && wide(named));
-        let namespace = first(&|named| named.object.namespace != *root && here(named) && wide(named));
-        let workload = first(&|named| {
-            let selector = &named.policy.selector;
-            here(named) && !wide(named) && self.selects(Some(&named.object.namespace), selector, destination)
-        });
+        let mesh = first(root, &wide);
+        let namespace = if own == root { None } else { first(own, &wide) };
+        let workload =
+            first(own, &|named| !wide(named) && self.selects(Some(own), &named.policy.selector, destination));
         let mut mode = (if self.settings.default_deny { Mode::Strict } else { Mode::Permissive }, None);
         for named in [mesh, namespace, workload].into_iter().flatten() {
             mode = effective(named.policy.mode, named, mode);

@@ -157,20 +157,28 @@ impl Clause {
 }
 
 impl Test {
+    /// Does it hold for a source of this name? False for tests on anything else.
+    pub(crate) fn names(&self, id: &SpiffeId, trust_domain: &str) -> bool {
+        match self {
+            Test::Principal(pattern) => {
+                let alias = || format!("{ALIAS}/ns/{}/sa/{}", id.namespace, id.service_account);
+                let own = *id.trust_domain == *trust_domain && trust_domain != ALIAS;
+                pattern.matches(&id.principal()) || own && pattern.matches(&alias())
+            }
+            Test::Namespace(pattern) => pattern.matches(&id.namespace),
+            Test::ServiceAccount { namespace, name } => {
+                *id.namespace == **namespace && *id.service_account == **name
+            }
+            Test::SourceIp(_) | Test::DestinationIp(_) | Test::Port(_) => false,
+        }
+    }
+
     /// A source that nobody vouches for has no principal, namespace or account: positive tests miss, and so negative
     /// ones hold.
     fn matches(&self, facts: &Facts<'_>) -> Match {
-        let source = |holds: &dyn Fn(&SpiffeId) -> bool| Match::from(facts.source.is_some_and(holds));
         match self {
-            Test::Principal(pattern) => source(&|id| {
-                pattern.matches(&id.principal())
-                    || *id.trust_domain == *facts.trust_domain
-                        && facts.trust_domain != ALIAS
-                        && pattern.matches(&format!("{ALIAS}/ns/{}/sa/{}", id.namespace, id.service_account))
-            }),
-            Test::Namespace(pattern) => source(&|id| pattern.matches(&id.namespace)),
-            Test::ServiceAccount { namespace, name } => {
-                source(&|id| *id.namespace == **namespace && *id.service_account == **name)
+            Test::Principal(_) | Test::Namespace(_) | Test::ServiceAccount { .. } => {
+                facts.source.is_some_and(|id| self.names(id, facts.trust_domain)).into()
             }
             Test::SourceIp(cidr) => (facts.source_in)(cidr).into(),
             Test::DestinationIp(cidr) => {

@@ -1,0 +1,82 @@
+//! What reads well and still will not do what its author wants.
+
+use super::{Cidr, Identity, Model, Pods};
+use crate::error::Severity;
+use crate::source::rule::Test;
+use crate::source::{AuthorizationPolicy, Object, Spec};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+impl Model {
+    pub(super) fn check<'a>(&mut self, objects: impl Iterator<Item = &'a &'a Arc<Object>>) {
+        let mut claims: BTreeMap<(IpAddr, u16, u8), &Object> = BTreeMap::new();
+        for object in objects {
+            let mut found = Vec::new();
+            let namespace = &object.meta.object.namespace;
+            match &object.spec {
+                Spec::Routing { hosts } => {
+                    let missing = hosts.iter().filter(|host| self.service_index(host, namespace).is_none());
+                    let missing: BTreeSet<_> = missing.collect();
+                    found.extend(
+                        missing.into_iter().map(|host| ("spec", format!("no Service is called {host:?}"))),
+                    );
+                }
+                Spec::AuthorizationPolicy(policy) => self.check_policy(namespace, policy, &mut found),
+                Spec::Service(service) => {
+                    for (addr, port) in
+                        service.addresses.iter().flat_map(|a| service.ports.iter().map(move |p| (a, p)))
+                    {
+                        let first = claims.entry((*addr, port.port, port.protocol)).or_insert(object);
+                        if first.meta.object != object.meta.object {
+                            let first = &first.meta.object;
+                            let message =
+                                format!("{addr} port {} already belongs to {first}, which counts", port.port);
+                            found.push(("spec.clusterIP", message));
+                        }
+                    }
+                }
+                _ => {}
+            }
+            for (field, message) in found {
+                self.problem(object, Severity::Warning, field, message);
+            }
+        }
+    }
+
+    fn check_policy(
+        &self,
+        namespace: &Arc<str>,
+        policy: &AuthorizationPolicy,
+        found: &mut Vec<(&'static str, String)>,
+    ) {
+        if policy.rules.iter().any(|rule| rule.needs_http()) {
+            found.push(("spec.rules", NEEDS_HTTP.into()));
+        }
+        if policy.dry_run {
+            found.push(("metadata.annotations", "dry-run: recorded, not enforced".into()));
+        }
+        let tests = policy.rules.iter().flat_map(|rule| rule.tests());
+        let ranges =
+            tests.filter_map(|test| if let Test::DestinationIp(range) = test { Some(range) } else { None });
+        for range in ranges {
+            let selected = |identity: &Identity| self.selects(Some(namespace), &policy.selector, identity);
+            let torn =
+                self.by_identity.iter().find(|(identity, pods)| selected(identity) && splits(range, pods));
+            if let Some((identity, _)) = torn {
+                let message = format!(
+                    "destination.ip {range} holds for some addresses of {identity} and not for others; where that \
+                     decides, flows are refused: give these pods different labels or service accounts"
+                );
+                found.push(("spec.rules", message));
+            }
+        }
+    }
+}
+
+fn splits(range: &Cidr, pods: &Pods) -> bool {
+    let inside = pods.addresses.iter().filter(|addr| range.contains(**addr)).count();
+    inside != 0 && inside != pods.addresses.len()
+}
+
+const NEEDS_HTTP: &str = "rules with HTTP attributes need the HTTP engine; until it runs, flows that they would decide are refused";

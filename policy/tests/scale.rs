@@ -1,0 +1,38 @@
+//! Large meshes compile in time. Run with `--release -- --ignored --nocapture` for figures.
+
+use std::fmt::Write;
+use std::time::Instant;
+use weft_policy::{ObjectStore, Settings, compile};
+
+#[test]
+#[ignore = "takes its time without --release"]
+fn ten_thousand_workloads_and_policies() {
+    let (namespaces, each) = (100, 100);
+    let mut store = ObjectStore::new();
+    let start = Instant::now();
+    for ns in 0..namespaces {
+        let mut text = String::new();
+        for n in 0..each {
+            let _ = write!(
+                text,
+                "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: p{n}, namespace: n{ns}, labels: {{app: a{n}}}}}\nspec: \
+                 {{serviceAccountName: s{n}}}\nstatus: {{podIP: 10.{ns}.0.{n}}}\n---\napiVersion: \
+                 security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: p{n}, namespace: n{ns}}}\nspec: \
+                 {{selector: {{matchLabels: {{app: a{n}}}}}, rules: [{{from: [{{source: {{principals: \
+                 [\"cluster.local/ns/n{ns}/sa/s{}\"]}}}}], to: [{{operation: {{ports: [\"80\"]}}}}]}}]}}\n",
+                (n + 1) % each
+            );
+        }
+        store.apply(&format!("n{ns}.yaml"), &text.replace(".0.0\n", ".0.200\n"));
+    }
+    println!("read: {:?}", start.elapsed());
+    let start = Instant::now();
+    let model = store.model(Settings::default());
+    println!("model: {:?}, {} problems", start.elapsed(), model.problems().len());
+    let numbers = model.identities().into_iter().zip(16..).collect();
+    let start = Instant::now();
+    let tables = compile(&model, &numbers);
+    println!("compile: {:?}, {} entries", start.elapsed(), tables.policies.len());
+    // For each destination: one row for all, and one for the caller that may (any other port, and the port).
+    assert_eq!(tables.policies.len(), namespaces * each * 3);
+}

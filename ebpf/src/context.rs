@@ -112,6 +112,12 @@ impl SockOps {
         load!(self.0, offset_of!(bpf_sock_ops, op), "u32") as u32
     }
 
+    /// First argument: the old state in a state callback.
+    #[inline(always)]
+    pub fn old_state(self) -> u32 {
+        load!(self.0, offset_of!(bpf_sock_ops, __bindgen_anon_1), "u32") as u32
+    }
+
     /// Second argument: the new state in a state callback.
     #[inline(always)]
     pub fn new_state(self) -> u32 {

@@ -24,6 +24,7 @@ const PASSIVE_ESTABLISHED: u32 = 5;
 const STATE: u32 = 10;
 const STATE_FLAG: i32 = 1 << 2;
 const TCP_CLOSE: u32 = 7;
+const TCP_FIN_WAIT2: u32 = 5;
 
 const SOURCE: u32 = 1;
 const DESTINATION: u32 = 2;
@@ -121,8 +122,10 @@ fn closed(ctx: SockOps, sk: *mut bpf_sock) {
                 add(open, u64::MAX); // minus one
             }
         }
-        if orig.mode == MODE_CAPTURE {
-            // Nothing is left when the agent took it; this is for connections that it never saw.
+        // For connections that the agent never sees; where it took the entry, nothing is left. An application that
+        // sends and closes at once leaves this state by a timewait socket while its connection, with all its bytes,
+        // may still wait to be accepted.
+        if orig.mode == MODE_CAPTURE && ctx.old_state() != TCP_FIN_WAIT2 {
             let _ = maps::ORIG_DST.remove(&local_end(ctx, orig));
         }
     }

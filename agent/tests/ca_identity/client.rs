@@ -38,7 +38,8 @@ pub(crate) async fn ask_raw(
         async move { Ok::<_, std::io::Error>(stream) }
     });
     let endpoint = tonic::transport::Endpoint::from_static("http://ca");
-    let channel = endpoint.connect_with_connector(connector).await.unwrap();
+    let channel = endpoint.connect_with_connector(connector).await;
+    let channel = channel.map_err(|error| tonic::Status::unavailable(error.to_string()))?;
     let csr = csr.unwrap_or_else(|| KeyRequest::new(CART).unwrap().csr_pem().unwrap());
     let request = IstioCertificateRequest { csr, validity_duration: 60, metadata: None };
     IstioCertificateServiceClient::new(channel).create_certificate(request).await.map(|_| ())

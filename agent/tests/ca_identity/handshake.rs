@@ -37,7 +37,8 @@ async fn connect(server: Arc<ServerConfig>, client: Arc<ClientConfig>) -> (Seen,
     };
     let dial = async {
         let stream = TcpStream::connect(address).await.unwrap();
-        let name = ServerName::IpAddress(address.ip().into());
+        // A name, as an address is never sent as SNI.
+        let name = ServerName::try_from("db.shop").unwrap();
         let stream = TlsConnector::from(client).connect(name, stream).await;
         let mut stream = stream.map_err(|error| Refusal::from(&error))?;
         stream.read_u8().await.map_err(|error| Refusal::from(&error))?;

@@ -139,6 +139,22 @@ async fn a_workload_certificate_is_no_way_to_the_ca() {
 }
 
 #[tokio::test]
+async fn a_node_certificate_must_be_valid_and_ours() {
+    let (ca, elsewhere) = (TestCa::start().await, tempfile::tempdir().unwrap());
+    ca::init(elsewhere.path(), &TrustDomain::default()).unwrap();
+    let node_a = ["spiffe://cluster.local/node/a"];
+    let past = std::time::SystemTime::now() - Duration::from_secs(5);
+    let ours = forge(ca.dir.path(), &node_a, |_| {});
+    let expired = forge(ca.dir.path(), &node_a, |params| params.not_after = past.into());
+    let foreign = forge(elsewhere.path(), &node_a, |_| {});
+    super::client::ask_raw(&ca, Some(ours), None).await.unwrap();
+    for shown in [expired, foreign] {
+        super::client::ask_raw(&ca, Some(shown), None).await.unwrap_err();
+    }
+    assert_eq!(ca.audit().matches("issued").count(), 1, "{}", ca.audit());
+}
+
+#[tokio::test]
 async fn nobody_in_particular_is_refused() {
     let ca = TestCa::start().await;
     let reply = super::client::ask_raw(&ca, None, None).await.unwrap_err();

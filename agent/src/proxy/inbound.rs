@@ -24,6 +24,7 @@ use super::copy::{AppSocket, both_ways};
 use super::datapath::Datapath;
 use super::record::{ProblemKind, Reason, ReasonKind, Reporter};
 use super::registry::{Facts, Registered};
+use super::sock::Buffered;
 use super::{Pod, Proxy, drain, hbone, sock};
 use crate::identity::certificate::Facts as CertificateFacts;
 use crate::identity::{SpiffeId, tls};
@@ -90,8 +91,8 @@ async fn handshake(
     proxy: &Proxy,
     pod: &Pod,
     tcp: TcpStream,
-) -> Result<(TlsStream<TcpStream>, SpiffeId, SystemTime), String> {
-    let handshake = TlsAcceptor::from(pod.server_config.clone()).accept(tcp);
+) -> Result<(TlsStream<Buffered>, SpiffeId, SystemTime), String> {
+    let handshake = TlsAcceptor::from(pod.server_config.clone()).accept(sock::buffered(tcp));
     let tls = tokio::time::timeout(proxy.settings.handshake_timeout, handshake)
         .await
         .map_err(|_| "no TLS handshake in time".to_owned())?
@@ -108,7 +109,7 @@ async fn handshake(
 
 /// Drives the connection and its streams. No new streams after `end` or while draining.
 async fn accept_streams(
-    mut connection: Connection<TlsStream<TcpStream>, Bytes>,
+    mut connection: Connection<TlsStream<Buffered>, Bytes>,
     tunnel: Arc<Tunnel>,
     end: Instant,
     mut drain: drain::Watch,

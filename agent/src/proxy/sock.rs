@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
+use tokio::io::BufReader;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
 use super::datapath::Datapath;
@@ -16,6 +17,8 @@ use crate::netns::Netns;
 const KEEPALIVE_IDLE_SECONDS: u32 = 60;
 const KEEPALIVE_PAUSE_SECONDS: u32 = 15;
 const KEEPALIVE_PROBES: u32 = 4;
+/// Bytes that one read of a tunnel's socket takes.
+const TUNNEL_READ: usize = 128 * 1024;
 /// Connections that wait in a listener's queue; the kernel caps it at net.core.somaxconn.
 const BACKLOG: u32 = 4096;
 
@@ -62,6 +65,14 @@ fn tune(socket: &TcpSocket) {
     let _ = ["cubic", "reno"]
         .iter()
         .any(|name| setsockopt(socket, sockopt::TcpCongestion, &(*name).into()).is_ok());
+}
+
+/// A tunnel's socket.
+pub(super) type Buffered = BufReader<TcpStream>;
+
+/// Reads a tunnel's socket in large pieces: rustls asks for 4 KiB at a time, which would be a system call each.
+pub(super) fn buffered(stream: TcpStream) -> Buffered {
+    BufReader::with_capacity(TUNNEL_READ, stream)
 }
 
 /// Closes `stream` with a reset, as an application sees a connection that was refused or cut.

@@ -27,6 +27,7 @@ use weft_datapath::names::TUNNEL_PORT;
 
 use super::datapath::Datapath;
 use super::record::Recorder;
+use super::sock::Buffered;
 use super::{Pod, Settings, hbone, sock};
 use crate::identity::{SpiffeId, tls};
 
@@ -198,7 +199,7 @@ impl Pool {
             .map_err(|error| TunnelError::Connect(peer, error))?;
 
         let config = tls::client_config(route.pod.live.clone(), BTreeSet::from([route.expected.clone()]));
-        let handshake = TlsConnector::from(config).connect(peer.ip().into(), tcp);
+        let handshake = TlsConnector::from(config).connect(peer.ip().into(), sock::buffered(tcp));
         let tls = tokio::time::timeout(self.settings.handshake_timeout, handshake)
             .await
             .map_err(|_| TunnelError::Slow(peer))?
@@ -251,7 +252,7 @@ impl Pool {
 
 /// Polls the connection to its end, which comes when its last user is gone, when it breaks, or when the peer is lost.
 async fn drive(
-    connection: Connection<TlsStream<tokio::net::TcpStream>, Bytes>,
+    connection: Connection<TlsStream<Buffered>, Bytes>,
     lost: impl Future<Output = ()>,
     pool_side: impl Future<Output = ()>,
 ) {

@@ -31,7 +31,7 @@ pub(super) fn run(command: &CaCommand) -> Result<u8, Failure> {
             Ok(DONE)
         }
         CaCommand::Serve { dir, listen, manifests, log } => {
-            start_log(log)?;
+            super::agent::log(log)?;
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
             runtime.block_on(serve(dir, *listen, manifests))?;
             Ok(DONE)
@@ -57,13 +57,4 @@ async fn serve(dir: &Path, listen: SocketAddr, manifests: &Path) -> anyhow::Resu
     });
     tasks.spawn("manifests", Weight::Critical, manifests.follow(sender));
     tasks.run(DRAIN).await
-}
-
-/// Log lines and audit lines go to stderr.
-fn start_log(level: &str) -> Result<(), Failure> {
-    let level: tracing::Level = level.parse().map_err(|_| {
-        Failure::usage(anyhow::anyhow!("--log {level}: use error, warn, info, debug or trace"))
-    })?;
-    tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_ansi(false).init();
-    Ok(())
 }

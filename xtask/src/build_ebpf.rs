@@ -23,11 +23,11 @@ pub(crate) fn run() -> Result<()> {
         bail!("bpf-linker is not installed; run `cargo xtask setup`");
     };
     let compiler = Compiler::find()?;
-    println!("build-ebpf: {}", compiler.name);
+    eprintln!("build-ebpf: {}", compiler.name);
     let built = compile(&compiler, &linker)?;
     let object = tree::target().join("bpf/weft-ebpf");
     publish(&built, &object)?;
-    println!("build-ebpf: {} ({} bytes)", object.display(), fs::metadata(&object)?.len());
+    eprintln!("build-ebpf: {} ({} bytes)", object.display(), fs::metadata(&object)?.len());
     Ok(())
 }
 

@@ -53,7 +53,7 @@ pub(crate) fn run(groups: &[Group]) -> Result<()> {
     let groups = if groups.is_empty() { Group::value_variants() } else { groups };
     ensure(groups)?;
     for group in groups {
-        println!(
+        eprintln!(
             "setup: {} is complete",
             group.to_possible_value().expect("no variant is hidden").get_name()
         );
@@ -87,7 +87,7 @@ pub(crate) fn ensure(groups: &[Group]) -> Result<()> {
     install(&packages)?;
 
     if no_linker {
-        println!("setup: building bpf-linker {BPF_LINKER} (about a minute)");
+        eprintln!("setup: building bpf-linker {BPF_LINKER} (about a minute)");
         let features = format!("llvm-{}", build_ebpf::LLVM);
         cargo_install("bpf-linker", BPF_LINKER, &["--no-default-features", "--features", &features])?;
     }
@@ -100,7 +100,7 @@ pub(crate) fn ensure(groups: &[Group]) -> Result<()> {
             }
         }
         if tree::program("cargo-deny").is_none() {
-            println!("setup: building cargo-deny {CARGO_DENY} (several minutes, once)");
+            eprintln!("setup: building cargo-deny {CARGO_DENY} (several minutes, once)");
             cargo_install("cargo-deny", CARGO_DENY, &[])?;
         }
     }
@@ -139,16 +139,16 @@ fn install(packages: &[&str]) -> Result<()> {
         command.env("DEBIAN_FRONTEND", "noninteractive").args(["-qq", "-o", "Dpkg::Use-Pty=0"]);
         command
     };
-    println!("setup: apt-get update");
+    eprintln!("setup: apt-get update");
     // One broken foreign source must not stop us: if a package cannot be had, the next step says so.
     let _ = tree::run(apt().arg("update"));
-    println!("setup: apt-get install {list}");
+    eprintln!("setup: apt-get install {list}");
     let started = Started::forbid()?;
     tree::run(apt().args(["install", "-y", "--no-install-recommends"]).args(packages))?;
     drop(started);
     let systemd = Path::new("/run/systemd/system").exists();
     for service in SERVICES.iter().filter(|service| systemd && list.contains(**service)) {
-        println!("setup: systemctl disable {service} (weft runs its own)");
+        eprintln!("setup: systemctl disable {service} (weft runs its own)");
         let _ = Command::new("systemctl").args(["--quiet", "disable", "--now", service]).status();
     }
     Ok(())

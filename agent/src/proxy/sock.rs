@@ -48,8 +48,16 @@ pub(super) fn listen(netns: &Netns, datapath: &dyn Datapath, addr: SocketAddr) -
 }
 
 /// Connects within `limit`; a slower peer is `TimedOut`.
+///
+/// The peer's kernel may have the connection before we look: whoever gives up in between leaves a reset, not what looks
+/// like a proper end.
 pub(super) async fn connect(socket: TcpSocket, to: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
-    tokio::time::timeout(limit, socket.connect(to)).await.map_err(|_| io::ErrorKind::TimedOut)?
+    let linger = |on| nix::libc::linger { l_onoff: on, l_linger: 0 };
+    setsockopt(&socket, sockopt::Linger, &linger(1))?;
+    let stream =
+        tokio::time::timeout(limit, socket.connect(to)).await.map_err(|_| io::ErrorKind::TimedOut)??;
+    setsockopt(&stream, sockopt::Linger, &linger(0))?;
+    Ok(stream)
 }
 
 /// Options of every socket. None is needed for correctness, so what a kernel lacks is let pass.

@@ -42,6 +42,8 @@ pub fn connect<const SIX: bool>(ctx: SockAddr<SIX>) -> i32 {
     let plan = decide(&Maps, &caller, &dial, pick);
     let (mode, target, port) = match plan.action {
         Action::Pass => return PASS,
+        // Nothing is rewritten, and sockops finds both identities by itself where it can.
+        Action::Direct if plan.service == 0 && features() & config::SOCKOPS_NETNS != 0 => return PASS,
         Action::Direct => (MODE_DIRECT, plan.backend.addr, plan.backend.port),
         Action::Capture => {
             (MODE_CAPTURE, if is_v4(&dial.dst) { LOOPBACK_V4 } else { LOOPBACK_V6 }, OUTBOUND_PORT)

@@ -228,6 +228,11 @@ impl Packet for Skb {
     }
 
     #[inline(always)]
+    fn ethertype(&self) -> Option<u16> {
+        Some(u16::from_be(load!(self.0, offset_of!(__sk_buff, protocol), "u32") as u16))
+    }
+
+    #[inline(always)]
     fn len(&self) -> u32 {
         load!(self.0, offset_of!(__sk_buff, len), "u32") as u32
     }

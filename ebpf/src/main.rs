@@ -13,7 +13,6 @@ mod sockops;
 
 use aya_ebpf::macros::{cgroup_sock_addr, classifier, sock_ops};
 use aya_ebpf::programs::{SockAddrContext, SockOpsContext, TcContext};
-use weft_datapath::event;
 use weft_datapath::traffic::{self, Hook, Passed, Work};
 
 use context::{Skb, SockAddr, SockOps};
@@ -79,20 +78,14 @@ fn tc(skb: Skb, direction: u32) -> i32 {
     let Some(work) = maps::WORK.get_ptr_mut(0) else { return DROP };
     // SAFETY: this CPU's own value; TC programs run with bottom halves disabled, so none interrupts another.
     let work: &mut Work = unsafe { &mut *work };
-    work.event.hook = if direction == traffic::FROM { event::FROM_WORKLOAD } else { event::TO_WORKLOAD };
-    work.event.ifindex = hook.ifindex;
-    work.event.source = 0;
-    work.event.destination = 0;
-    work.event.rule = 0;
-    work.event.verdict = 0;
     match traffic::decide(&lookup::Maps, &hook, &skb, work) {
         Ok(Passed::Known) => NEXT,
         Ok(Passed::Accepted) => {
-            outcome::accepted(&mut work.event);
+            outcome::accepted(work.event(&hook));
             NEXT
         }
         Err(reason) => {
-            outcome::refused(&mut work.event, reason);
+            outcome::refused(work.event(&hook), reason);
             DROP
         }
     }

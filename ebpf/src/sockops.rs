@@ -36,6 +36,9 @@ pub fn sockops(ctx: SockOps) {
     if op != TCP_CONNECT && op != ACTIVE_ESTABLISHED && op != PASSIVE_ESTABLISHED && op != STATE {
         return;
     }
+    if op == STATE && ctx.new_state() != TCP_CLOSE {
+        return;
+    }
     let sk = ctx.sk();
     if sk.is_null() || is_agent(sk) {
         return;
@@ -44,8 +47,7 @@ pub fn sockops(ctx: SockOps) {
         TCP_CONNECT => connecting(ctx, sk),
         ACTIVE_ESTABLISHED => active(ctx, sk),
         PASSIVE_ESTABLISHED => passive(ctx, sk),
-        _ if ctx.new_state() == TCP_CLOSE => closed(ctx, sk),
-        _ => {}
+        _ => closed(ctx, sk),
     }
 }
 
@@ -53,7 +55,9 @@ pub fn sockops(ctx: SockOps) {
 #[inline(always)]
 fn connecting(ctx: SockOps, sk: *mut bpf_sock) {
     let Some(orig) = orig_dst(sk) else { return };
-    watch_state(ctx);
+    if orig.service != 0 || orig.mode == MODE_CAPTURE {
+        watch_state(ctx);
+    }
     if orig.service != 0 {
         let backend = Backend { addr: orig.backend, port: orig.backend_port, pad: 0 };
         if let Some(open) = maps::ACTIVE.get_ptr_mut(&backend) {
@@ -71,15 +75,13 @@ fn connecting(ctx: SockOps, sk: *mut bpf_sock) {
 
 #[inline(always)]
 fn active(ctx: SockOps, sk: *mut bpf_sock) {
-    let Some(orig) = orig_dst(sk) else { return };
-    if orig.mode == MODE_DIRECT && orig.destination != 0 {
-        let key = TcpKey {
-            source: orig.source,
-            destination: orig.destination,
-            reporter: SOURCE,
-            service: orig.service,
-        };
-        opened(ctx, sk, key);
+    if let Some(orig) = orig_dst(sk) {
+        if orig.mode == MODE_DIRECT && orig.destination != 0 {
+            let OrigDst { source, destination, service, .. } = *orig;
+            opened(ctx, sk, TcpKey { source, destination, reporter: SOURCE, service });
+        }
+    } else if let Some((own, peer)) = neighbours(ctx) {
+        opened(ctx, sk, TcpKey { source: own, destination: peer, reporter: SOURCE, service: 0 });
     }
 }
 
@@ -87,18 +89,22 @@ fn active(ctx: SockOps, sk: *mut bpf_sock) {
 /// the agent's to count.
 #[inline(always)]
 fn passive(ctx: SockOps, sk: *mut bpf_sock) {
+    if let Some((own, peer)) = neighbours(ctx) {
+        opened(ctx, sk, TcpKey { source: peer, destination: own, reporter: DESTINATION, service: 0 });
+    }
+}
+
+/// The identities of both ends, own first, if both are workloads of this node.
+#[inline(always)]
+fn neighbours(ctx: SockOps) -> Option<(u32, u32)> {
     if features() & config::SOCKOPS_NETNS == 0 {
-        return;
+        return None;
     }
     // SAFETY: the program's context.
     let netns_cookie = unsafe { bpf_get_netns_cookie(ctx.0.cast()) };
-    let Some(own) = Maps.netns(netns_cookie) else { return };
-    let Some(peer) = Maps.endpoint(&ctx.remote()) else { return };
-    if peer.ifindex == 0 || peer.ifindex == own.ifindex {
-        return;
-    }
-    let key = TcpKey { source: peer.identity, destination: own.identity, reporter: DESTINATION, service: 0 };
-    opened(ctx, sk, key);
+    let own = Maps.netns(netns_cookie)?;
+    let peer = Maps.endpoint(&ctx.remote())?;
+    if peer.ifindex == 0 || peer.ifindex == own.ifindex { None } else { Some((own.identity, peer.identity)) }
 }
 
 #[inline(always)]

@@ -153,7 +153,7 @@ shared! {
         pad: [u8; 3],
     }
     /// Value of `weft_conntrack`.
-    FlowState = 32 {
+    FlowState = 40 {
         /// Monotonic time of the decision.
         decided_ns: u64,
         /// Policy revision under which `verdict` was taken; another revision decides again.
@@ -168,6 +168,10 @@ shared! {
         rule: u32,
         /// [`crate::conntrack::OUT`] when the interface's workload began the flow, [`crate::conntrack::IN`] when its peer did.
         origin: u32,
+        /// The interface that the peer's packets were shown to come in by, or [`crate::conntrack::NOT_SEEN`].
+        ingress: u32,
+        /// Zero.
+        pad: u32,
     }
     /// Key of `weft_fragment`: a UDP datagram whose first fragment passed in this direction.
     FragmentKey = 44 { ifindex: u32, src: Addr, dst: Addr, id: u32, protocol: u32 }

@@ -8,3 +8,6 @@
 pub const OUT: u32 = 1;
 /// Its peer did.
 pub const IN: u32 = 2;
+
+/// [`crate::abi::FlowState::ingress`] while the peer has not sent anything.
+pub const NOT_SEEN: u32 = u32::MAX;

@@ -8,7 +8,8 @@
 use crate::abi::{Addr, Event, FlowKey, FlowState, FragmentKey, Iface, IfaceAddr, MeterKey};
 use crate::addr::{is_link_local_v6, is_multicast, is_unspecified};
 use crate::connect::TCP;
-use crate::conntrack::{IN, OUT};
+use crate::conntrack::{IN, NOT_SEEN, OUT};
+use crate::event::{FROM_WORKLOAD, TO_WORKLOAD};
 use crate::identity::{ANONYMOUS, NODE};
 use crate::names::TUNNEL_PORT;
 use crate::packet::{ACK, Kind, Packet, Parsed, Piece, SYN, Tuple, parse};
@@ -61,8 +62,9 @@ pub struct Work {
     parsed: Parsed,
     key: FlowKey,
     state: FlowState,
-    /// What to report; filled as far as the facts are known.
-    pub event: Event,
+    event: Event,
+    /// Is `state` that of this packet's flow?
+    judged: bool,
 }
 
 /// Passes or refuses a packet.
@@ -73,17 +75,13 @@ pub fn decide<T: Flows, P: Packet>(
     packet: &P,
     work: &mut Work,
 ) -> Result<Passed, Reason> {
-    let own = tables.iface(hook.ifindex).ok_or(Reason::NotEnrolled)?;
+    work.judged = false;
     parse(packet, &mut work.parsed)?;
-    describe(work);
     match work.parsed.kind {
         Kind::Flow => {
-            let passed = flow(tables, hook, &own, packet, work)?;
-            let (source, destination) = if hook.direction == FROM {
-                (own.identity, work.state.peer)
-            } else {
-                (work.state.peer, own.identity)
-            };
+            let passed = flow(tables, hook, packet, work)?;
+            let FlowState { own, peer, .. } = work.state;
+            let (source, destination) = if hook.direction == FROM { (own, peer) } else { (peer, own) };
             tables.meter(&MeterKey { source, destination, direction: hook.direction }, packet.len())?;
             Ok(passed)
         }
@@ -128,18 +126,13 @@ enum Origin {
 
 /// Decides about a TCP, UDP or echo packet. Leaves the flow's state in `work.state` when it may pass.
 #[inline(always)]
-fn flow<T: Flows, P: Packet>(
-    tables: &T,
-    hook: &Hook,
-    own: &Iface,
-    packet: &P,
-    work: &mut Work,
-) -> Result<Passed, Reason> {
+fn flow<T: Flows, P: Packet>(tables: &T, hook: &Hook, packet: &P, work: &mut Work) -> Result<Passed, Reason> {
     let from = hook.direction == FROM;
     let Parsed { tcp_flags, payload, piece, .. } = work.parsed;
     work.key = key(hook, &work.parsed.tuple);
     if matches!(piece, Piece::Later) {
         // It has no ports; its first fragment, which had, was allowed in this direction at this interface.
+        work.state.own = tables.iface(hook.ifindex).ok_or(Reason::NotEnrolled)?.identity;
         work.state.peer = ANONYMOUS;
         let known = tables.fragment(&fragment_key(hook, &work.parsed));
         return if known { Ok(Passed::Known) } else { Err(Reason::Fragment) };
@@ -157,23 +150,26 @@ fn flow<T: Flows, P: Packet>(
     let known = tables.flow(&work.key, &mut work.state);
     // A SYN against the recorded sense is a new flow on old ports.
     let against = opens && (work.state.origin == OUT) != from;
-    // Refused without a trace in the entry: a forged reply must not cut a living flow.
-    if known
-        && !against
-        && !from
-        && work.state.origin == OUT
-        && !by_its_interface(tables, hook, &work.key.peer)
-    {
-        return Err(Reason::SourceAddress);
-    }
-    let current = work.state.revision == revision && work.state.own == own.identity;
-    if known && !against && current && proven(tables, hook, work) {
-        describe_flow(own, work);
+    // Only what comes in by the interface that was shown to be the peer's is the peer's. Whoever owns an interface or an
+    // address changes together with the revision.
+    let shown = from || work.state.ingress == hook.ingress_ifindex;
+    if known && !against && shown && work.state.revision == revision {
+        work.judged = true;
         if work.state.verdict != ALLOW {
             return Err(refusal(work.state.verdict));
         }
         remember_fragment(tables, hook, &work.parsed)?;
         return Ok(Passed::Known);
+    }
+    let own = &tables.iface(hook.ifindex).ok_or(Reason::NotEnrolled)?;
+    // Refused without a trace in the entry: a forged reply must not cut a living flow.
+    if known
+        && !against
+        && !shown
+        && work.state.origin == OUT
+        && !by_its_interface(tables, hook, &work.key.peer)
+    {
+        return Err(Reason::SourceAddress);
     }
     if !tables.owns(&IfaceAddr { ifindex: hook.ifindex, addr: work.key.own })
         && (from || !is_multicast(&work.key.own))
@@ -185,6 +181,9 @@ fn flow<T: Flows, P: Packet>(
         return Err(Reason::TunnelPort);
     }
     let followed = known && !opens;
+    if !followed {
+        work.state.ingress = NOT_SEEN;
+    }
     // In the middle of a connection that was forgotten.
     let forgotten = tcp && !known && tcp_flags & SYN == 0;
     let mut verdict = if followed {
@@ -205,13 +204,16 @@ fn flow<T: Flows, P: Packet>(
     if verdict.is_err() && forgotten {
         verdict = judge(tables, hook, own, work, Origin::Receiver, How::Forgotten);
     }
+    work.judged = true;
     work.state.revision = revision;
     work.state.decided_ns = tables.now_ns();
-    describe_flow(own, work);
+    if !from {
+        work.state.ingress = hook.ingress_ifindex;
+    }
     if let Err(reason) = verdict {
-        // A living flow that is no longer allowed keeps its entry, so that its sense is not forgotten. A SYN never
-        // touches the entry of a living flow, or anybody could cut it.
-        if followed {
+        // A living flow that is no longer allowed keeps its entry, so that its sense is not forgotten. Neither a SYN nor
+        // what comes in by another interface touches the entry of a living flow, or anybody could cut it.
+        if followed && shown {
             tables.put_flow(&work.key, &work.state)?;
         }
         return Err(reason);
@@ -323,14 +325,6 @@ fn owner<T: Flows>(tables: &T, addr: &Addr) -> u32 {
     }
 }
 
-/// Does the forward direction of an incoming flow still come from whom the entry says?
-#[inline(always)]
-fn proven<T: Flows>(tables: &T, hook: &Hook, work: &Work) -> bool {
-    hook.direction == FROM
-        || work.state.origin == OUT
-        || sender(tables, hook, &work.key.peer) == work.state.peer
-}
-
 /// Does a reply come in by the interface of whom the workload asked? An enrolled interface lets out its own addresses
 /// only; any other is not that of a workload of this node. Who is elsewhere comes by the wire, where the tunnel proves
 /// more than an interface could.
@@ -398,23 +392,25 @@ fn remember_fragment<T: Flows>(tables: &T, hook: &Hook, parsed: &Parsed) -> Resu
     }
 }
 
-/// Names both ends of the packet.
-#[inline(always)]
-fn describe(work: &mut Work) {
-    let Work { parsed, event, .. } = work;
-    event.src = parsed.src;
-    event.dst = parsed.tuple.dst;
-    event.src_port = parsed.tuple.src_port;
-    event.dst_port = parsed.tuple.dst_port;
-    event.protocol = parsed.tuple.protocol;
-}
-
-/// Names both identities in the originator's sense.
-#[inline(always)]
-fn describe_flow(own: &Iface, work: &mut Work) {
-    let Work { state, event, .. } = work;
-    event.rule = state.rule;
-    event.verdict = state.verdict as u8;
-    (event.source, event.destination) =
-        if state.origin == OUT { (own.identity, state.peer) } else { (state.peer, own.identity) };
+impl Work {
+    /// What happened, for a report: both ends of the packet, and both identities in the originator's sense if a flow was
+    /// judged.
+    #[inline(always)]
+    pub fn event(&mut self, hook: &Hook) -> &mut Event {
+        let Work { parsed, state, event, judged, .. } = self;
+        event.hook = if hook.direction == FROM { FROM_WORKLOAD } else { TO_WORKLOAD };
+        event.ifindex = hook.ifindex;
+        event.src = parsed.src;
+        event.dst = parsed.tuple.dst;
+        event.src_port = parsed.tuple.src_port;
+        event.dst_port = parsed.tuple.dst_port;
+        event.protocol = parsed.tuple.protocol;
+        (event.rule, event.verdict) = if *judged { (state.rule, state.verdict as u8) } else { (0, 0) };
+        (event.source, event.destination) = match (*judged, state.origin) {
+            (false, _) => (ANONYMOUS, ANONYMOUS),
+            (true, OUT) => (state.own, state.peer),
+            _ => (state.peer, state.own),
+        };
+        event
+    }
 }

@@ -172,6 +172,17 @@ fn a_syn_against_the_sense_of_a_flow_is_a_new_flow() {
 }
 
 #[test]
+fn forged_packets_do_not_cut_a_living_flow() {
+    let world = World::new();
+    allow(&world, A, B);
+    assert_eq!(connect(&world), ACCEPTED);
+    for ingress in [99, UPLINK, 0] {
+        assert_eq!(world.receives(IF_B, ingress, &data_from_a()), Err(Reason::Policy));
+        assert_eq!(world.sends(IF_B, &data_from_b()), KNOWN);
+    }
+}
+
+#[test]
 fn a_forgotten_flow_is_decided_again() {
     let world = World::new();
     allow(&world, A, B);
@@ -188,15 +199,15 @@ fn a_forgotten_flow_is_decided_again() {
 }
 
 #[test]
-fn an_identity_that_changes_hands_ends_the_flow() {
+fn an_identity_that_changes_hands_ends_the_flow_with_the_next_revision() {
     let world = World::new();
     allow(&world, A, B);
     assert_eq!(connect(&world), ACCEPTED);
-    world.ifaces.borrow_mut().get_mut(&IF_A).unwrap().identity = 40;
+    world.publish(|world| world.ifaces.borrow_mut().get_mut(&IF_A).unwrap().identity = 40);
     assert_eq!(world.receives(IF_B, IF_A, &data_from_a()), Err(Reason::Policy));
-    world.ifaces.borrow_mut().get_mut(&IF_A).unwrap().identity = A;
+    world.publish(|world| world.ifaces.borrow_mut().get_mut(&IF_A).unwrap().identity = A);
     assert_eq!(world.receives(IF_B, IF_A, &data_from_a()), KNOWN);
-    world.ifaces.borrow_mut().get_mut(&IF_B).unwrap().identity = 41;
+    world.publish(|world| world.ifaces.borrow_mut().get_mut(&IF_B).unwrap().identity = 41);
     assert_eq!(world.receives(IF_B, IF_A, &data_from_a()), Err(Reason::Policy));
 }
 

@@ -219,6 +219,9 @@ impl Packet for Sent<'_> {
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
         self.frame.0.get(offset as usize..offset as usize + N)?.try_into().ok()
     }
+    fn ethertype(&self) -> Option<u16> {
+        self.load::<2>(12).map(u16::from_be_bytes)
+    }
     fn len(&self) -> u32 {
         self.frame.0.len() as u32
     }

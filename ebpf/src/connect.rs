@@ -6,7 +6,7 @@ use aya_ebpf::helpers::generated::{
 };
 use core::ptr::null_mut;
 use weft_datapath::abi::*;
-use weft_datapath::addr::{is_v4, v4};
+use weft_datapath::addr::{is_loopback, is_v4, v4};
 use weft_datapath::connect::{Action, Dial, MODE_CAPTURE, MODE_DIRECT, Plan, TCP, UDP, decide};
 use weft_datapath::event;
 use weft_datapath::names::{OUTBOUND_PORT, config, is_agent_port};
@@ -126,9 +126,6 @@ pub fn recvmsg<const SIX: bool>(ctx: SockAddr<SIX>) -> i32 {
 #[inline(always)]
 pub fn getpeername<const SIX: bool>(ctx: SockAddr<SIX>) -> i32 {
     let sk = ctx.sk();
-    if is_agent(sk) {
-        return PASS;
-    }
     // SAFETY: the socket of this call.
     let orig =
         unsafe { bpf_sk_storage_get(maps::ORIG_SK.as_ptr(), sk.cast(), null_mut(), 0) }.cast::<OrigDst>();
@@ -139,8 +136,12 @@ pub fn getpeername<const SIX: bool>(ctx: SockAddr<SIX>) -> i32 {
         ctx.set(&dst, orig.dst_port);
         return PASS;
     }
-    let end =
-        LocalEnd { netns_cookie: netns_cookie(ctx), addr: ctx.addr(), port: ctx.port(), pad: 0, pad2: 0 };
+    let addr = ctx.addr();
+    // Over IPv4 the agent dials from loopback, so that most servers need no second look.
+    if (is_v4(&addr) && !is_loopback(&addr)) || is_agent(sk) {
+        return PASS;
+    }
+    let end = LocalEnd { netns_cookie: netns_cookie(ctx), addr, port: ctx.port(), pad: 0, pad2: 0 };
     // SAFETY: the value is plain integers.
     if let Some(client) = unsafe { maps::LEG.get(&end) } {
         let addr = client.addr;

@@ -228,6 +228,30 @@ impl Packet for Skb {
     }
 
     #[inline(always)]
+    fn headers(&self) -> Option<[u32; 10]> {
+        const ETH: u64 = 14;
+        let start = load!(self.0, offset_of!(__sk_buff, data), "u32");
+        let end = load!(self.0, offset_of!(__sk_buff, data_end), "u32");
+        // The verifier knows these two as the ends of the frame's linear part, and follows this comparison.
+        if start + ETH + 40 > end {
+            return None;
+        }
+        // Words, although the frame may lie at any address: kernels that want aligned access refuse the program.
+        Some([
+            u32::from_be(load!(start, ETH, "u32") as u32),
+            u32::from_be(load!(start, ETH + 4, "u32") as u32),
+            u32::from_be(load!(start, ETH + 8, "u32") as u32),
+            u32::from_be(load!(start, ETH + 12, "u32") as u32),
+            u32::from_be(load!(start, ETH + 16, "u32") as u32),
+            u32::from_be(load!(start, ETH + 20, "u32") as u32),
+            u32::from_be(load!(start, ETH + 24, "u32") as u32),
+            u32::from_be(load!(start, ETH + 28, "u32") as u32),
+            u32::from_be(load!(start, ETH + 32, "u32") as u32),
+            u32::from_be(load!(start, ETH + 36, "u32") as u32),
+        ])
+    }
+
+    #[inline(always)]
     fn ethertype(&self) -> Option<u16> {
         Some(u16::from_be(load!(self.0, offset_of!(__sk_buff, protocol), "u32") as u16))
     }

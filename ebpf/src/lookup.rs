@@ -82,8 +82,8 @@ impl Flows for Maps {
     #[inline(always)]
     fn flow(&self, key: &FlowKey, state: &mut FlowState) -> bool {
         let mut found = 0;
-        if let Some(entry) = copied!(maps::CONNTRACK, key) {
-            *state = entry;
+        if let Some(entry) = maps::CONNTRACK.get_ptr(key) {
+            copy_words(entry, state);
             found = 1;
         }
         opaque(found) != 0
@@ -91,6 +91,13 @@ impl Flows for Maps {
     #[inline(always)]
     fn put_flow(&self, key: &FlowKey, state: &FlowState) -> Result<(), Reason> {
         maps::CONNTRACK.insert(key, state, BPF_ANY.into()).map_err(|_| Reason::ConntrackFull)
+    }
+    #[inline(always)]
+    fn show_peer(&self, key: &FlowKey, ingress: u32) {
+        if let Some(entry) = maps::CONNTRACK.get_ptr_mut(key) {
+            // SAFETY: a live map value; one aligned word, so that no reader sees half of it. An update would allocate.
+            unsafe { (&raw mut (*entry).ingress).write_volatile(ingress) };
+        }
     }
     #[inline(always)]
     fn now_ns(&self) -> u64 {
@@ -120,6 +127,18 @@ impl Flows for Maps {
             (*meter).bytes += u64::from(bytes);
         }
         Ok(())
+    }
+}
+
+/// Copies a value by words, where the compiler would call a loop over its bytes.
+#[inline(always)]
+fn copy_words<T>(from: *const T, to: *mut T) {
+    const { assert!(size_of::<T>() % 8 == 0 && align_of::<T>() == 8) };
+    let mut word = 0;
+    while word < size_of::<T>() / 8 {
+        // SAFETY: inside both values, which are plain integers; volatile keeps the compiler from making it a memmove.
+        unsafe { to.cast::<u64>().add(word).write_volatile(from.cast::<u64>().add(word).read_volatile()) };
+        word += 1;
     }
 }
 

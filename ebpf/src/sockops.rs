@@ -20,20 +20,16 @@ use crate::outcome::count;
 // include/uapi/linux/bpf.h, include/net/tcp_states.h
 const TCP_CONNECT: u32 = 3;
 const ACTIVE_ESTABLISHED: u32 = 4;
-const PASSIVE_ESTABLISHED: u32 = 5;
 const STATE: u32 = 10;
 const STATE_FLAG: i32 = 1 << 2;
 const TCP_CLOSE: u32 = 7;
 const TCP_FIN_WAIT2: u32 = 5;
 
-const SOURCE: u32 = 1;
-const DESTINATION: u32 = 2;
-
 /// The hook.
 #[inline(always)]
 pub fn sockops(ctx: SockOps) {
     let op = ctx.op();
-    if op != TCP_CONNECT && op != ACTIVE_ESTABLISHED && op != PASSIVE_ESTABLISHED && op != STATE {
+    if op != TCP_CONNECT && op != ACTIVE_ESTABLISHED && op != STATE {
         return;
     }
     if op == STATE && ctx.new_state() != TCP_CLOSE {
@@ -46,7 +42,6 @@ pub fn sockops(ctx: SockOps) {
     match op {
         TCP_CONNECT => connecting(ctx, sk),
         ACTIVE_ESTABLISHED => active(ctx, sk),
-        PASSIVE_ESTABLISHED => passive(ctx, sk),
         _ => closed(ctx, sk),
     }
 }
@@ -73,24 +68,16 @@ fn connecting(ctx: SockOps, sk: *mut bpf_sock) {
     }
 }
 
+/// A connection of the direct path is counted at its client's socket: both ends are on this node and see the same.
 #[inline(always)]
 fn active(ctx: SockOps, sk: *mut bpf_sock) {
     if let Some(orig) = orig_dst(sk) {
         if orig.mode == MODE_DIRECT && orig.destination != 0 {
             let OrigDst { source, destination, service, .. } = *orig;
-            opened(ctx, sk, TcpKey { source, destination, reporter: SOURCE, service });
+            opened(ctx, sk, TcpKey { source, destination, service });
         }
     } else if let Some((own, peer)) = neighbours(ctx) {
-        opened(ctx, sk, TcpKey { source: own, destination: peer, reporter: SOURCE, service: 0 });
-    }
-}
-
-/// A connection accepted by a local application from another workload of this node. One that the agent opened to it is
-/// the agent's to count.
-#[inline(always)]
-fn passive(ctx: SockOps, sk: *mut bpf_sock) {
-    if let Some((own, peer)) = neighbours(ctx) {
-        opened(ctx, sk, TcpKey { source: peer, destination: own, reporter: DESTINATION, service: 0 });
+        opened(ctx, sk, TcpKey { source: own, destination: peer, service: 0 });
     }
 }
 

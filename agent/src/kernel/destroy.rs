@@ -77,7 +77,7 @@ struct Judge<'a> {
 impl Judge<'_> {
     /// The rule that refuses a flow, or `None` if it may live.
     fn refusal(&mut self, key: &FlowKey, state: &FlowState) -> Option<u32> {
-        if key.protocol != TCP || key.own_port == TUNNEL_PORT || key.peer_port == TUNNEL_PORT {
+        if key.protocol != u32::from(TCP) || key.own_port == TUNNEL_PORT || key.peer_port == TUNNEL_PORT {
             return None;
         }
         if state.origin != IN {

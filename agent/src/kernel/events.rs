@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::AddAssign;
+use std::time::Duration;
 
 use aya::maps::{MapData, RingBuf};
 use tokio::io::Interest;
@@ -14,6 +15,9 @@ use super::error::{Error, Result};
 use super::load::Kernel;
 use super::maps::Maps;
 use super::sys;
+
+/// How often the ring is looked at when nothing wakes. The rate limit lets 64 CPUs fill it in 1 s.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// The events of the datapath as they happen. Each event is delivered to one stream only.
 pub struct Events {
@@ -42,7 +46,10 @@ impl Events {
                     return Ok(sys::from_bytes(&record));
                 }
             }
-            self.ring.readable_mut().await?.clear_ready();
+            // Accepted flows do not wake this task, refusals do.
+            if let Ok(ready) = tokio::time::timeout(LOOK, self.ring.readable_mut()).await {
+                ready?.clear_ready();
+            }
         }
     }
 }

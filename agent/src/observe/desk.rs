@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use tokio::sync::watch;
-use weft_datapath::abi::{ABI, ServiceKey};
+use weft_datapath::abi::{ABI, ServiceKey, TcpStats};
 use weft_datapath::names::config;
 use weft_datapath::service::LEAST_CONNECTIONS;
 use weft_policy::model::cidr::ip;
@@ -242,15 +242,12 @@ impl Desk {
             let names = &snapshot.names;
             let dialled = standing.services.get(&key.service).and_then(|key| names.service(key));
             let labels = TcpLabels {
-                reporter: if key.reporter == 1 { "source" } else { "destination" },
+                reporter: "source",
                 source: names.end(key.source),
                 destination: names.end(key.destination),
                 service: dialled.unwrap_or_else(|| names.service_of(key.destination)),
                 security: Security::Kernel,
             };
-            // The kernel counts from the side of the reporter, Istio from the side of the client.
-            let (sent, received) =
-                if key.reporter == 1 { (stats.sent, stats.received) } else { (stats.received, stats.sent) };
             let host = &labels.service.host;
             let quality = match services.iter_mut().find(|reading| reading.service == *host) {
                 Some(reading) => reading,
@@ -263,7 +260,11 @@ impl Desk {
             quality.retransmits += stats.retransmits;
             quality.rtt_seconds += stats.srtt_us as f64 / 1e6;
             quality.closed += stats.closed;
-            direct.push((labels, TcpTotals { opened: stats.opened, closed: stats.closed, sent, received }));
+            let TcpStats { opened, closed, sent, received, .. } = stats;
+            let totals = TcpTotals { opened, closed, sent, received };
+            // Both ends are here and would report the same.
+            direct.push((TcpLabels { reporter: "destination", ..labels.clone() }, totals));
+            direct.push((labels, totals));
         }
         Ok((direct, services))
     }

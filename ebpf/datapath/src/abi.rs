@@ -149,8 +149,8 @@ shared! {
         peer: Addr,
         own_port: u16,
         peer_port: u16,
-        protocol: u8,
-        pad: [u8; 3],
+        /// IP protocol number.
+        protocol: u32,
     }
     /// Value of `weft_conntrack`.
     FlowState = 40 {
@@ -179,10 +179,11 @@ shared! {
     MeterKey = 12 { source: u32, destination: u32, direction: u32 }
     /// Value of `weft_meter`, per CPU.
     Meter = 16 { packets: u64, bytes: u64 }
-    /// Key of `weft_tcp`: connections counted by the kernel on the direct path; `reporter` is 1 for the source's side
-    /// and 2 for the destination's. Also in socket storage (`weft_tcp_sk`) while the connection lives.
-    TcpKey = 16 { source: u32, destination: u32, reporter: u32, service: u32 }
-    /// Value of `weft_tcp`, per CPU; bytes are those of the application, added when the connection closes.
+    /// Key of `weft_tcp`: connections counted by the kernel on the direct path, each once, at its client's socket. Also
+    /// in socket storage (`weft_tcp_sk`) while the connection lives.
+    TcpKey = 12 { source: u32, destination: u32, service: u32 }
+    /// Value of `weft_tcp`, per CPU, as the client's socket sees it; bytes are those of the application, added when the
+    /// connection closes.
     TcpStats = 48 {
         opened: u64,
         closed: u64,

@@ -8,7 +8,8 @@ pub const UNSPECIFIED: Addr = [0; 16];
 /// An IPv4 address, given as its four bytes in network order.
 #[inline(always)]
 pub const fn v4(octets: [u8; 4]) -> Addr {
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, octets[0], octets[1], octets[2], octets[3]]
+    // As a number: the compiler makes two stores of it, where the prefix as bytes becomes a loop in BPF.
+    (0xffff_0000_0000 | u32::from_be_bytes(octets) as u128).to_be_bytes()
 }
 
 /// Is this an IPv4 address in mapped form?

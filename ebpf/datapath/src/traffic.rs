@@ -12,7 +12,7 @@ use crate::conntrack::{IN, NOT_SEEN, OUT};
 use crate::event::{FROM_WORKLOAD, TO_WORKLOAD};
 use crate::identity::{ANONYMOUS, NODE};
 use crate::names::TUNNEL_PORT;
-use crate::packet::{ACK, Kind, Packet, Parsed, Piece, SYN, Tuple, parse};
+use crate::packet::{ACK, Kind, Packet, Parsed, Piece, PlainTcp, SYN, Tuple, parse, plain_tcp};
 use crate::policy::{self, ALLOW, Access, DENY, HTTP, Mode};
 use crate::reason::Reason;
 use crate::tables::Tables;
@@ -34,6 +34,8 @@ pub trait Flows: Tables {
     fn flow(&self, key: &FlowKey, state: &mut FlowState) -> bool;
     /// Records or replaces it.
     fn put_flow(&self, key: &FlowKey, state: &FlowState) -> Result<(), Reason>;
+    /// Notes in an entry by which interface the peer's packets come in. An entry that is gone is decided again.
+    fn show_peer(&self, key: &FlowKey, ingress: u32);
     /// Monotonic time.
     fn now_ns(&self) -> u64;
     /// Has the first fragment of this datagram passed?
@@ -75,14 +77,16 @@ pub fn decide<T: Flows, P: Packet>(
     packet: &P,
     work: &mut Work,
 ) -> Result<Passed, Reason> {
+    if known(tables, hook, packet, work) {
+        meter(tables, hook, packet, &work.state)?;
+        return Ok(Passed::Known);
+    }
     work.judged = false;
     parse(packet, &mut work.parsed)?;
     match work.parsed.kind {
         Kind::Flow => {
             let passed = flow(tables, hook, packet, work)?;
-            let FlowState { own, peer, .. } = work.state;
-            let (source, destination) = if hook.direction == FROM { (own, peer) } else { (peer, own) };
-            tables.meter(&MeterKey { source, destination, direction: hook.direction }, packet.len())?;
+            meter(tables, hook, packet, &work.state)?;
             Ok(passed)
         }
         Kind::IcmpError => icmp_error(tables, hook, work),
@@ -104,6 +108,32 @@ pub fn decide<T: Flows, P: Packet>(
             from_needs(hook, honest, Reason::SourceAddress)
         }
     }
+}
+
+/// The short way for most packets: a TCP segment in the middle of a connection that was allowed under this revision.
+/// Whatever else it may be takes the long way, [`flow`], which says the same of these packets.
+#[inline(always)]
+fn known<T: Flows, P: Packet>(tables: &T, hook: &Hook, packet: &P, work: &mut Work) -> bool {
+    let Some(tcp) = plain_tcp(packet) else { return false };
+    let PlainTcp { src, dst, src_port, dst_port, flags, .. } = tcp;
+    if flags & (SYN | ACK) == SYN || src_port == TUNNEL_PORT || dst_port == TUNNEL_PORT {
+        return false;
+    }
+    let from = hook.direction == FROM;
+    let (own, peer, own_port, peer_port) =
+        if from { (src, dst, src_port, dst_port) } else { (dst, src, dst_port, src_port) };
+    work.key = FlowKey { ifindex: hook.ifindex, own, peer, own_port, peer_port, protocol: TCP.into() };
+    tables.flow(&work.key, &mut work.state)
+        && work.state.revision == tables.revision()
+        && work.state.verdict == ALLOW
+        && (from || work.state.ingress == hook.ingress_ifindex)
+}
+
+#[inline(always)]
+fn meter<T: Flows, P: Packet>(tables: &T, hook: &Hook, packet: &P, state: &FlowState) -> Result<(), Reason> {
+    let FlowState { own, peer, .. } = *state;
+    let (source, destination) = if hook.direction == FROM { (own, peer) } else { (peer, own) };
+    tables.meter(&MeterKey { source, destination, direction: hook.direction }, packet.len())
 }
 
 /// A packet that may go on.
@@ -137,7 +167,7 @@ fn flow<T: Flows, P: Packet>(tables: &T, hook: &Hook, packet: &P, work: &mut Wor
         let known = tables.fragment(&fragment_key(hook, &work.parsed));
         return if known { Ok(Passed::Known) } else { Err(Reason::Fragment) };
     }
-    let tcp = work.key.protocol == TCP;
+    let tcp = work.key.protocol == u32::from(TCP);
     let (own_port, peer_port) = (work.key.own_port, work.key.peer_port);
     let tunnel = tcp && (own_port == TUNNEL_PORT || peer_port == TUNNEL_PORT);
     let opens = tcp && tcp_flags & (SYN | ACK) == SYN;
@@ -163,13 +193,17 @@ fn flow<T: Flows, P: Packet>(tables: &T, hook: &Hook, packet: &P, work: &mut Wor
     }
     let own = &tables.iface(hook.ifindex).ok_or(Reason::NotEnrolled)?;
     // Refused without a trace in the entry: a forged reply must not cut a living flow.
-    if known
-        && !against
-        && !shown
-        && work.state.origin == OUT
-        && !by_its_interface(tables, hook, &work.key.peer)
-    {
-        return Err(Reason::SourceAddress);
+    if known && !against && !shown && work.state.origin == OUT {
+        if !by_its_interface(tables, hook, &work.key.peer) {
+            return Err(Reason::SourceAddress);
+        }
+        // The first answer. What the workload asked for was decided when it asked.
+        if work.state.revision == revision && work.state.verdict == ALLOW {
+            work.judged = true;
+            tables.show_peer(&work.key, hook.ingress_ifindex);
+            remember_fragment(tables, hook, &work.parsed)?;
+            return Ok(Passed::Known);
+        }
     }
     if !tables.owns(&IfaceAddr { ifindex: hook.ifindex, addr: work.key.own })
         && (from || !is_multicast(&work.key.own))
@@ -250,7 +284,7 @@ fn judge<T: Flows>(
     let Work { key, state, .. } = work;
     // Where the originator wanted to go.
     let port = if outgoing { key.peer_port } else { key.own_port };
-    let tunnel = key.protocol == TCP && port == TUNNEL_PORT;
+    let tunnel = key.protocol == u32::from(TCP) && port == TUNNEL_PORT;
     state.own = own.identity;
     state.verdict = DENY;
     state.rule = 0;
@@ -370,7 +404,7 @@ fn key(hook: &Hook, tuple: &Tuple) -> FlowKey {
     } else {
         (tuple.dst, tuple.src, tuple.dst_port, tuple.src_port)
     };
-    FlowKey { ifindex: hook.ifindex, own, peer, own_port, peer_port, protocol: tuple.protocol, pad: [0; 3] }
+    FlowKey { ifindex: hook.ifindex, own, peer, own_port, peer_port, protocol: tuple.protocol.into() }
 }
 
 #[inline(always)]

@@ -98,6 +98,29 @@ fn a_reply_comes_by_the_interface_of_whom_was_asked() {
 }
 
 #[test]
+fn the_first_answer_passes_under_the_revision_that_was_asked() {
+    let world = World::new();
+    world.mode(REMOTE, Mode::Permissive);
+    let ask = tcp((addr_a(), 4000), (addr_remote(), 80), SYN, b"");
+    let answer = tcp((addr_remote(), 80), (addr_a(), 4000), SYN_ACK, b"");
+    assert_eq!(world.sends(IF_A, &ask), KNOWN);
+    assert_eq!(world.receives(IF_A, UPLINK, &answer), KNOWN);
+    assert!(world.flows.borrow().values().all(|state| state.ingress == UPLINK), "and is remembered");
+    // The remote end becomes STRICT after it was asked: no answer, whether or not the next question came first.
+    for asks_again in [false, true] {
+        world.flows.borrow_mut().clear();
+        world.mode(REMOTE, Mode::Permissive);
+        assert_eq!(world.sends(IF_A, &ask), KNOWN);
+        world.publish(|world| world.mode(REMOTE, Mode::Strict));
+        if asks_again {
+            let more = tcp((addr_a(), 4000), (addr_remote(), 80), ACK, b"data");
+            assert_eq!(world.sends(IF_A, &more), Err(Reason::ClearToStrict));
+        }
+        assert!(world.receives(IF_A, UPLINK, &answer).is_err());
+    }
+}
+
+#[test]
 fn a_workload_sends_from_its_own_addresses_only() {
     let world = World::new();
     allow(&world, A, B);

@@ -186,6 +186,11 @@ impl Flows for World {
         self.flows.borrow_mut().insert(*key, *state);
         Ok(())
     }
+    fn show_peer(&self, key: &FlowKey, ingress: u32) {
+        if let Some(state) = self.flows.borrow_mut().get_mut(key) {
+            state.ingress = ingress;
+        }
+    }
     fn now_ns(&self) -> u64 {
         1
     }
@@ -218,6 +223,11 @@ struct Sent<'a> {
 impl Packet for Sent<'_> {
     fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
         self.frame.0.get(offset as usize..offset as usize + N)?.try_into().ok()
+    }
+    fn headers(&self) -> Option<[u32; 10]> {
+        let bytes: &[u8; 40] = self.frame.0.get(14..)?.first_chunk()?;
+        let (words, _) = bytes.as_chunks::<4>();
+        Some(std::array::from_fn(|index| u32::from_be_bytes(words[index])))
     }
     fn ethertype(&self) -> Option<u16> {
         self.load::<2>(12).map(u16::from_be_bytes)

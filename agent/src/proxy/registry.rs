@@ -236,13 +236,14 @@ impl std::ops::Deref for Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        self.registry.lock().remove(&self.connection.id);
         let reason = self.connection.cut.get().or(self.reason.get()).cloned();
         let reason = reason.unwrap_or_else(|| Reason::new(ReasonKind::Aborted, "its task was ended"));
         let happening = match self.opened.load(Ordering::Relaxed) {
             true => Happening::Closed(reason),
             false => Happening::Refused(reason),
         };
+        // Last: who sees no connection any more finds all of them told.
         self.registry.recorder.connection(&self.connection.event(happening));
+        self.registry.lock().remove(&self.connection.id);
     }
 }

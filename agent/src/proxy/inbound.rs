@@ -7,6 +7,7 @@
 use std::future::poll_fn;
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -238,8 +239,12 @@ async fn dial(tunnel: &Tunnel, client: SocketAddr, target: SocketAddr) -> Result
     let source = leg_source(client, target.ip());
     socket.bind(SocketAddr::new(source, 0)).map_err(|error| failed("cannot bind", error))?;
     let local = socket.local_addr().map_err(|error| failed("cannot bind", error))?;
-    let leg = Leg::put(datapath.clone(), pod.netns.cookie(), local, client)
-        .map_err(|error| Reason::new(ReasonKind::Datapath, format!("cannot note the client: {error}")))?;
+    let leg = socket
+        .as_fd()
+        .try_clone_to_owned()
+        .and_then(|held| Leg::put(datapath.clone(), pod.netns.cookie(), local, client, held));
+    let leg =
+        leg.map_err(|error| Reason::new(ReasonKind::Datapath, format!("cannot note the client: {error}")))?;
     let app = sock::connect(socket, target, tunnel.proxy.settings.connect_timeout)
         .await
         .map_err(|error| failed("the application does not answer", error))?;
@@ -266,6 +271,8 @@ struct Leg {
     datapath: Arc<dyn Datapath>,
     cookie: u64,
     local: SocketAddr,
+    /// The socket once more: while the note is there nobody else gets its port, whose note ours would be taken for.
+    _held: OwnedFd,
 }
 
 impl Leg {
@@ -274,9 +281,10 @@ impl Leg {
         cookie: u64,
         local: SocketAddr,
         client: SocketAddr,
+        held: OwnedFd,
     ) -> std::io::Result<Leg> {
         datapath.put_leg(cookie, local, client)?;
-        Ok(Leg { datapath, cookie, local })
+        Ok(Leg { datapath, cookie, local, _held: held })
     }
 }
 

@@ -42,7 +42,10 @@ async fn a_revoked_rule_cuts_idle_connections_at_both_ends() {
     let listener = listener(&world);
     let mut pairs = Vec::new();
     for _ in 0..300 {
-        pairs.push(connected(&world, &listener).await);
+        let (mut client, mut server) = connected(&world, &listener).await;
+        // Accepted is not yet answered: only bytes prove that both agents hold the connection open.
+        ping(&mut client, &mut server).await;
+        pairs.push((client, server));
     }
     let list = world.proxy.registry().list();
     assert_eq!(list.len(), 600);

@@ -41,6 +41,12 @@ impl Model {
                         model.authentication.push(named(object, policy.clone()));
                     }
                 }
+                Spec::Namespace => {
+                    model.namespaces.insert(meta.object.name.clone(), meta.labels.clone());
+                }
+                Spec::Network(policies) => {
+                    model.network.extend(policies.iter().map(|policy| named(object, policy.clone())));
+                }
                 Spec::DestinationRule(rule) => rules.push((*object, rule)),
                 Spec::EndpointSlice(slice) => {
                     slices.entry((&meta.object.namespace, &slice.service)).or_default().push(slice);
@@ -49,6 +55,7 @@ impl Model {
             }
         }
         model.blocked.sort_by(|a, b| (&a.object, &a.origin).cmp(&(&b.object, &b.origin)));
+        model.network.sort_by(|a, b| (a.policy.tier, &a.object).cmp(&(b.policy.tier, &b.object)));
         model.authentication.sort_by(|a, b| age(a).cmp(&age(b)));
         for (index, named) in model.authentication.iter().enumerate() {
             model.authentication_in.entry(named.object.namespace.clone()).or_default().push(index);

@@ -6,9 +6,13 @@ mod build;
 mod check;
 pub mod cidr;
 pub mod identity;
+pub mod layer;
+pub mod selector;
 
 pub use cidr::Cidr;
 pub use identity::{Identity, SpiffeId};
+pub use layer::{Namespaces, NetworkPolicy};
+pub use selector::LabelSelector;
 
 use crate::error::{ObjectRef, Origin, Problem};
 use crate::source::core::{Balance, ContainerPort};
@@ -132,6 +136,9 @@ pub struct Model {
     pub(crate) authentication: Vec<Named<PeerAuthentication>>,
     /// Positions in `authentication` by namespace, oldest first.
     authentication_in: BTreeMap<Arc<str>, Vec<usize>>,
+    /// Each spec by itself, in order of tier, then of name.
+    pub(crate) network: Vec<Named<NetworkPolicy>>,
+    pub(crate) namespaces: Namespaces,
     pub(crate) blocked: Vec<Blocked>,
     /// Addresses that belong to the mesh, and to nobody whom a policy could name.
     refused: BTreeSet<IpAddr>,
@@ -171,6 +178,16 @@ impl Model {
 
     pub fn peer_authentications(&self) -> &[Named<PeerAuthentication>] {
         &self.authentication
+    }
+
+    /// Policies of the network languages, each spec by itself, in order of tier, then of name.
+    pub fn network_policies(&self) -> &[Named<NetworkPolicy>] {
+        &self.network
+    }
+
+    /// Labels of the namespaces that have an object.
+    pub fn namespaces(&self) -> &Namespaces {
+        &self.namespaces
     }
 
     /// Policies that cannot be enforced.

@@ -14,6 +14,7 @@ pub use security::{Action, AuthorizationPolicy, MtlsMode, PeerAuthentication, Se
 pub use yaml::{MAX_DEPTH, MAX_NODES};
 
 use crate::error::{ObjectRef, Origin, Problem, Severity};
+use crate::model::layer::NetworkPolicy;
 use fields::{At, Findings};
 use kind::Treatment;
 use std::collections::BTreeMap;
@@ -52,6 +53,8 @@ pub enum Spec {
     AuthorizationPolicy(AuthorizationPolicy),
     PeerAuthentication(PeerAuthentication),
     DestinationRule(core::DestinationRule),
+    /// Any network policy of Kubernetes or Cilium, lowered: one for each `spec`.
+    Network(Vec<NetworkPolicy>),
     /// Recognised and not carried out; hosts that it routes to, for checking.
     Routing {
         hosts: Vec<String>,

@@ -105,11 +105,94 @@ impl Wire {
         seen
     }
 
+    /// Checks that what goes through the tunnel port is TLS and nothing else: each direction of each connection is put
+    /// together from its segments and read as TLS records (RFC 8446 section 5.1). Returns how many connections there
+    /// were. A last record may be torn, as a capture ends anywhere.
+    pub fn tunnel_is_tls(&self) -> Result<usize, String> {
+        let mut streams: BTreeMap<Vec<u8>, BTreeMap<u32, Vec<u8>>> = BTreeMap::new();
+        for segment in self.frames.iter().filter_map(|frame| Segment::read(frame)) {
+            let stream = streams.entry(segment.ends).or_default();
+            if segment.syn {
+                stream.insert(segment.seq, Vec::new());
+            } else if !segment.payload.is_empty() {
+                // Sent again: the longer one has it all.
+                let known = stream.entry(segment.seq).or_default();
+                if known.len() < segment.payload.len() {
+                    *known = segment.payload;
+                }
+            }
+        }
+        for (ends, segments) in &streams {
+            let bytes = joined(segments).ok_or_else(|| format!("{ends:?}: segments are missing"))?;
+            records(&bytes).map_err(|at| format!("{ends:?}: no TLS record at byte {at}"))?;
+        }
+        Ok(streams.len() / 2)
+    }
+
     /// Payload bytes in the tunnel.
     pub fn in_tunnel(&self) -> usize {
         let tunnel = |p: &&Packet| p.ports.is_some_and(|(from, to)| from == TUNNEL_PORT || to == TUNNEL_PORT);
         self.packets().iter().filter(tunnel).map(|p| p.payload.len()).sum()
     }
+}
+
+/// A TCP segment of the tunnel port.
+struct Segment {
+    /// Addresses and ports, in the segment's direction.
+    ends: Vec<u8>,
+    seq: u32,
+    syn: bool,
+    payload: Vec<u8>,
+}
+
+impl Segment {
+    fn read(frame: &[u8]) -> Option<Segment> {
+        let ip = frame.get(14..)?;
+        let (addresses, (proto, _, body)) = match [frame[12], frame[13]] {
+            [0x08, 0x00] => (ip.get(12..20)?, ipv4(ip)?),
+            [0x86, 0xdd] => (ip.get(8..40)?, ipv6(ip)?),
+            _ => return None,
+        };
+        let Packet { ports: Some((from, to)), payload, .. } = parse(frame) else { return None };
+        if proto != 6 || (from != TUNNEL_PORT && to != TUNNEL_PORT) {
+            return None;
+        }
+        let seq = u32::from_be_bytes(body.get(4..8)?.try_into().ok()?);
+        let ends = [addresses, body.get(..4)?].concat();
+        Some(Segment { ends, seq, syn: body.get(13)? & 2 != 0, payload })
+    }
+}
+
+/// The bytes behind the SYN in their order; `None` when one is missing in the middle.
+fn joined(segments: &BTreeMap<u32, Vec<u8>>) -> Option<Vec<u8>> {
+    // Sequence numbers wrap: they are counted from the SYN, which is the one segment without payload.
+    let syn = *segments.iter().find(|(_, payload)| payload.is_empty())?.0;
+    let mut ordered: Vec<(u32, &Vec<u8>)> = segments
+        .iter()
+        .filter(|(_, p)| !p.is_empty())
+        .map(|(seq, p)| (seq.wrapping_sub(syn.wrapping_add(1)), p))
+        .collect();
+    ordered.sort_unstable_by_key(|(at, _)| *at);
+    let mut bytes = Vec::new();
+    for (at, payload) in ordered {
+        let known = bytes.len().checked_sub(at as usize)?;
+        bytes.extend(payload.get(known..).unwrap_or_default());
+    }
+    Some(bytes)
+}
+
+/// Reads TLS records to the end; the position of the first that is none.
+fn records(bytes: &[u8]) -> Result<(), usize> {
+    let mut at = 0;
+    while let Some(head) = bytes.get(at..at + 5) {
+        let len = usize::from(u16::from_be_bytes([head[3], head[4]]));
+        // Change cipher spec to application data; TLS 1.2 on the wire, 1.0 in a first hello; RFC 8446 section 5.2.
+        if !(20..=23).contains(&head[0]) || head[1] != 3 || head[2] > 3 || len > (1 << 14) + 256 {
+            return Err(at);
+        }
+        at += 5 + len;
+    }
+    Ok(())
 }
 
 fn contains(haystack: &[u8], needle: &[u8]) -> bool {
@@ -168,6 +251,19 @@ fn ipv6(ip: &[u8]) -> Option<(u8, bool, &[u8])> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn records_and_what_is_none() {
+        let hello = [&[22, 3, 1, 0, 2][..], b"hi", &[23, 3, 3, 0, 1], b"x", &[23, 3]].concat();
+        assert_eq!(records(&hello), Ok(()));
+        let clear = [&hello[..13], b"GET / HTTP/1.1"].concat();
+        assert_eq!(records(&clear), Err(13));
+        // Wrapped, sent twice, and with a hole.
+        let first = (u32::MAX, Vec::new());
+        let stream = BTreeMap::from([first.clone(), (0, b"ab".to_vec()), (1, b"bc".to_vec())]);
+        assert_eq!(joined(&stream), Some(b"abc".to_vec()));
+        assert_eq!(joined(&BTreeMap::from([first, (1, b"b".to_vec())])), None);
+    }
 
     #[test]
     fn payload_starts_after_options_and_ends_before_padding() {

@@ -10,6 +10,7 @@ mod raw;
 mod serve;
 mod sniff;
 mod stream;
+mod talk;
 
 use std::fs::File;
 use std::net::SocketAddr;
@@ -60,6 +61,8 @@ enum What {
     Crr(measure::CrrArgs),
     /// One stream in one direction.
     Bulk(measure::BulkArgs),
+    /// Speak a known protocol with a known text.
+    Talk(talk::Args),
     /// Send hand-made IP packets.
     Raw(raw::Args),
     /// Write what passes an interface to a pcap file.
@@ -84,6 +87,7 @@ fn main() {
         What::Rtt(args) => measure::rtt(&args),
         What::Crr(args) => measure::crr(&args),
         What::Bulk(args) => measure::bulk(&args),
+        What::Talk(args) => talk::run(&args),
         What::Raw(args) => raw::run(&args),
         What::Capture { interface, file } => sniff::run(&interface, &file),
     }

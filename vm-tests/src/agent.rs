@@ -68,6 +68,11 @@ impl Ca {
         path
     }
 
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
     /// The root certificate, which agents verify the CA with.
     pub fn root(&self) -> PathBuf {
         let roots = fs::read_dir(self.dir.path().join("roots")).expect("`weft ca init` makes roots/");

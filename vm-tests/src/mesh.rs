@@ -66,10 +66,14 @@ impl Mesh {
         self.ca = Some(ca);
     }
 
+    /// The CA, once started.
+    pub fn ca(&self) -> &Ca {
+        self.ca.as_ref().expect("the mesh was started")
+    }
+
     /// Starts the agent of a node anew, after it was killed or ended.
     pub fn restart(&mut self, node: usize) {
-        let ca = self.ca.as_ref().expect("the mesh was started");
-        self.agents[node] = Agent::start(&self.nodes[node], &self.manifests, ca);
+        self.agents[node] = Agent::start(&self.nodes[node], &self.manifests, self.ca());
     }
 
     /// The sum of a metric over all agents.

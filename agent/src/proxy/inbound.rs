@@ -28,7 +28,7 @@ use super::registry::{Facts, Registered};
 use super::sock::Buffered;
 use super::{Pod, Proxy, drain, hbone, sock};
 use crate::identity::certificate::Facts as CertificateFacts;
-use crate::identity::{SpiffeId, tls};
+use crate::identity::{Refusal, SpiffeId, tls};
 
 /// One tunnel: what all its streams share.
 struct Tunnel {
@@ -97,7 +97,7 @@ async fn handshake(
     let tls = tokio::time::timeout(proxy.settings.handshake_timeout, handshake)
         .await
         .map_err(|_| "no TLS handshake in time".to_owned())?
-        .map_err(|error| error.to_string())?;
+        .map_err(|error| Refusal::from(&error).to_string())?;
     let session = tls.get_ref().1;
     if session.alpn_protocol() != Some(tls::ALPN) {
         return Err("the peer did not ask for HTTP/2 in the handshake".into());

@@ -29,7 +29,7 @@ use super::datapath::Datapath;
 use super::record::Recorder;
 use super::sock::Buffered;
 use super::{Pod, Settings, hbone, sock};
-use crate::identity::{SpiffeId, tls};
+use crate::identity::{Refusal, SpiffeId, tls};
 
 /// Where a tunnel begins and must end.
 #[derive(Clone)]
@@ -59,7 +59,7 @@ pub(super) enum TunnelError {
     #[error("cannot connect to {0}: {1}")]
     Connect(SocketAddr, io::Error),
     #[error("the handshake with {0} failed: {1}")]
-    Handshake(SocketAddr, io::Error),
+    Handshake(SocketAddr, Refusal),
     #[error("{0} did not choose HTTP/2 in the handshake")]
     NotHttp2(SocketAddr),
     #[error("HTTP/2 with {0} failed: {1}")]
@@ -203,7 +203,7 @@ impl Pool {
         let tls = tokio::time::timeout(self.settings.handshake_timeout, handshake)
             .await
             .map_err(|_| TunnelError::Slow(peer))?
-            .map_err(|error| TunnelError::Handshake(peer, error))?;
+            .map_err(|error| TunnelError::Handshake(peer, Refusal::from(&error)))?;
         if tls.get_ref().1.alpn_protocol() != Some(tls::ALPN) {
             return Err(TunnelError::NotHttp2(peer));
         }

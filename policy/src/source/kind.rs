@@ -2,7 +2,7 @@
 
 use super::fields::{At, Findings};
 use super::yaml::{Node, Value};
-use super::{Meta, Spec, core, security};
+use super::{Meta, Spec, admin, cilium, core, network, security};
 use crate::error::Severity;
 
 /// What happens to an object of some kind.
@@ -62,6 +62,8 @@ const ROUTING: &[&str] = &[
     "IngressClass",
 ];
 
+const ADMIN: &str = "policy.networking.k8s.io";
+
 pub(super) fn treatment(version: &str, kind: &str) -> Treatment {
     let (group, version) = version.split_once('/').unwrap_or(("", version));
     let used = |name: &'static str, versions: &[&str]| {
@@ -82,6 +84,12 @@ pub(super) fn treatment(version: &str, kind: &str) -> Treatment {
         ("discovery.k8s.io", "EndpointSlice") => used("EndpointSlice", &["v1", "v1beta1"]),
         ("security.istio.io", "AuthorizationPolicy") => used("AuthorizationPolicy", &["v1", "v1beta1"]),
         ("security.istio.io", "PeerAuthentication") => used("PeerAuthentication", &["v1", "v1beta1"]),
+        ("networking.k8s.io", "NetworkPolicy") => used("NetworkPolicy", &["v1"]),
+        ("cilium.io", "CiliumNetworkPolicy") => used("CiliumNetworkPolicy", &["v2"]),
+        ("cilium.io", "CiliumClusterwideNetworkPolicy") => used("CiliumClusterwideNetworkPolicy", &["v2"]),
+        (ADMIN, "AdminNetworkPolicy") => used("AdminNetworkPolicy", &["v1alpha1"]),
+        (ADMIN, "BaselineAdminNetworkPolicy") => used("BaselineAdminNetworkPolicy", &["v1alpha1"]),
+        (ADMIN, "ClusterNetworkPolicy") => used("ClusterNetworkPolicy", &["v1alpha2"]),
         ("networking.istio.io", "DestinationRule") => used("DestinationRule", &["v1", "v1beta1", "v1alpha3"]),
         (
             "networking.istio.io" | "gateway.networking.k8s.io" | "telemetry.istio.io" | "networking.k8s.io",
@@ -155,12 +163,36 @@ pub(super) fn read(treatment: &Treatment, meta: &Meta, node: &Node, out: &mut Fi
             top.ignore(&["status"]);
             Spec::PeerAuthentication(security::peer_authentication(top.take("spec"), out))
         }
+        "NetworkPolicy" => {
+            top.ignore(&["status"]);
+            Spec::Network(network::network_policy(meta, top.take("spec"), out))
+        }
+        "AdminNetworkPolicy" => {
+            top.ignore(&["status"]);
+            Spec::Network(admin::admin_network_policy(meta, top.take("spec"), out))
+        }
+        "BaselineAdminNetworkPolicy" => {
+            top.ignore(&["status"]);
+            Spec::Network(admin::baseline_admin_network_policy(meta, top.take("spec"), out))
+        }
+        "ClusterNetworkPolicy" => {
+            top.ignore(&["status"]);
+            Spec::Network(admin::cluster_network_policy(meta, top.take("spec"), out))
+        }
+        "CiliumNetworkPolicy" | "CiliumClusterwideNetworkPolicy" => {
+            top.ignore(&["status"]);
+            Spec::Network(cilium::policy(meta, &mut top, out))
+        }
         _ => {
             top.ignore(&["status"]);
             Spec::AuthorizationPolicy(security::authorization_policy(meta, top.take("spec"), out))
         }
     };
     top.finish(out);
+    if matches!(spec, Spec::Network(_)) && !out.refused() {
+        let message = format!("{kind} is not enforceable yet; what it selects is refused, so remove it");
+        out.add(Severity::Error, node.line, "kind", message);
+    }
     spec
 }
 

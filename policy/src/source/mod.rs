@@ -2,11 +2,15 @@
 //!
 //! Nothing is resolved here; a field that weft does not know is an error, because it may be the one that mattered.
 
+mod admin;
+mod cilium;
 pub mod core;
 mod fields;
 pub mod kind;
+mod network;
 pub mod rule;
 pub mod security;
+mod selector;
 mod yaml;
 
 pub use self::core::{EndpointSlice, Pod, Service};
@@ -140,7 +144,8 @@ fn document(node: &Node, origin: Origin, parsed: &mut Parsed) {
     let text = |name| node.get(name).and_then(Node::text).filter(|text| !text.is_empty());
     let (Some(version), Some(kind)) = (text("apiVersion"), text("kind")) else {
         let message = "not an object: a document needs apiVersion and kind";
-        let policy = text("apiVersion").filter(|v| kind::is_policy(v, "")).map(|_| reach(node, "", &None));
+        let policy =
+            text("apiVersion").filter(|v| kind::is_policy(v, "")).and_then(|_| reach(node, "", &None));
         parsed.refuse(origin.clone(), None, "", message);
         parsed.outcomes.push(Outcome::Broken(Broken { object: None, origin, policy, addresses: Vec::new() }));
         return;
@@ -173,7 +178,7 @@ fn document(node: &Node, origin: Origin, parsed: &mut Parsed) {
     parsed.outcomes.push(match read {
         Some(object) if !refused => Outcome::Object(Arc::new(object)),
         _ => {
-            let policy = kind::is_policy(version, kind).then(|| reach(node, kind, &object));
+            let policy = kind::is_policy(version, kind).then(|| reach(node, kind, &object)).flatten();
             Outcome::Broken(Broken { object, origin, policy, addresses: addresses(node, kind) })
         }
     });
@@ -236,8 +241,8 @@ fn plain_name(at: &At<'_>, out: &mut Findings) {
 }
 
 /// What a policy that does not read would have selected. Its namespace is believed, and a selector of equal labels
-/// where the kind selects pods by them; anything else widens to the namespace.
-fn reach(node: &Node, kind: &str, object: &Option<ObjectRef>) -> Reach {
+/// where the kind selects pods by them; anything else widens to the namespace. `None`: no workload, only nodes.
+fn reach(node: &Node, kind: &str, object: &Option<ObjectRef>) -> Option<Reach> {
     let namespace =
         || node.get("metadata").and_then(|m| m.get("namespace")).and_then(Node::text).unwrap_or("default");
     let namespace = match object {
@@ -245,17 +250,25 @@ fn reach(node: &Node, kind: &str, object: &Option<ObjectRef>) -> Reach {
         Some(object) => Some(object.namespace.clone()),
         None => Some(namespace().into()),
     };
+    let spec = node.get("spec").filter(|_| node.get("specs").is_none());
     let name = match kind {
         "AuthorizationPolicy" | "PeerAuthentication" | "RequestAuthentication" => "selector",
         "NetworkPolicy" => "podSelector",
-        _ => return Reach { namespace, selector: Selector::new() },
+        "CiliumNetworkPolicy" | "CiliumClusterwideNetworkPolicy" => "endpointSelector",
+        _ => return Some(Reach { namespace, selector: Selector::new() }),
     };
-    let selector =
-        node.get("spec").and_then(|spec| spec.get(name)).filter(|at| at.get("matchExpressions").is_none());
+    if name == "endpointSelector" && spec.is_some_and(cilium::only_nodes) {
+        return None;
+    }
+    let selector = spec.and_then(|spec| spec.get(name)).filter(|at| at.get("matchExpressions").is_none());
     let mut out = Findings::default();
     let labels =
         selector.and_then(|at| at.get("matchLabels")).map(|labels| At::new(labels, "").labels(&mut out));
-    Reach { namespace, selector: labels.filter(|_| !out.refused()).unwrap_or_default() }
+    let mut selector = labels.filter(|_| !out.refused()).unwrap_or_default();
+    if name == "endpointSelector" {
+        selector = cilium::own_labels(selector);
+    }
+    Some(Reach { namespace, selector })
 }
 
 /// The addresses that a broken pod or service shows all the same.

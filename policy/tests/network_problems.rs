@@ -1,0 +1,54 @@
+//! What is wrong with network policies of all languages (tests/problems/network.txt): each error names file, document,
+//! line, object and field, and what the object would have selected is refused.
+
+use weft_policy::{ObjectStore, Settings, Severity};
+
+/// The document before the object under test, so that neither its number nor its first line is 1.
+const BEFORE: &str = "apiVersion: v1\nkind: Namespace\nmetadata: {name: n}\n---\n";
+
+fn version(object: &str) -> &'static str {
+    let kind = object.strip_prefix("kind: ").and_then(|rest| rest.lines().next()).unwrap();
+    match kind {
+        "NetworkPolicy" => "networking.k8s.io/v1",
+        "ClusterNetworkPolicy" => "policy.networking.k8s.io/v1alpha2",
+        _ if kind.starts_with("Cilium") => "cilium.io/v2",
+        _ => "policy.networking.k8s.io/v1alpha1",
+    }
+}
+
+#[test]
+fn every_refusal_says_where_and_what() {
+    let mut count = 0;
+    for case in include_str!("problems/network.txt").split("\n== ").skip(1) {
+        let (title, body) = case.split_once('\n').unwrap();
+        let (object, lines) = body.split_once("\n--\n").unwrap();
+        // The version comes last, so that lines count as in the file of cases.
+        let text = format!("{BEFORE}{object}\napiVersion: {}\n", version(object));
+        let first = BEFORE.lines().count() as u32;
+        let kind = object.lines().next().unwrap().trim_start_matches("kind: ");
+        let name = if object.contains("namespace: n}") { "n/p" } else { "p" };
+
+        let mut store = ObjectStore::new();
+        store.apply("f.yaml", &text);
+        let problems = store.check(Settings::default());
+        let errors: Vec<String> =
+            problems.iter().filter(|p| p.severity == Severity::Error).map(ToString::to_string).collect();
+        let (refused, errors): (Vec<_>, Vec<_>) =
+            errors.into_iter().partition(|error| error.contains("refuse all traffic until"));
+        let mut expected: Vec<String> = Vec::new();
+        for line in lines.lines().filter(|line| !line.is_empty()) {
+            let (number, rest) = line.split_once(' ').unwrap();
+            let number = number.parse::<u32>().unwrap() + first;
+            expected.push(format!("f.yaml:{number}: error: document 2, {kind} {name}, {rest}"));
+        }
+        count += expected.len();
+        let sorted = |mut list: Vec<String>| {
+            list.sort();
+            list
+        };
+        assert_eq!(sorted(errors).join("\n"), sorted(expected).join("\n"), "{title}");
+        let nodes_only = object.contains("nodeSelector") && !object.contains("endpointSelector");
+        assert_eq!(refused.len(), usize::from(!nodes_only), "{title}: {refused:?}");
+    }
+    assert!(count > 120, "{count}");
+}

@@ -84,7 +84,8 @@ fn a_policy_that_was_never_whole_refuses_what_it_would_select() {
         (policy("p", "{rules: [}").replace("kind: AuthorizationPolicy\n", ""), [D, D, A]),
         (policy("p", "{rules: [}").replace("metadata: {name: p}", "metadata:\n  namespace: \"prod\" # here\n  name: p"), [A, A, D]),
         ("apiVersion: cilium.io/v2\nkind: CiliumClusterwideNetworkPolicy\nmetadata: {name: c}\nspec: {}\n".into(), [D, D, D]),
-        ("apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: c}\nspec: {endpointSelector: {matchLabels: {\"k8s:app\": web}}}\n".into(), [D, D, A]),
+        ("apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: c}\nspec: {ingres: [], endpointSelector: {matchLabels: {\"k8s:app\": web}}}\n".into(), [D, A, A]),
+        ("apiVersion: cilium.io/v2\nkind: CiliumClusterwideNetworkPolicy\nmetadata: {name: c}\nspec: {nodeSelector: {}}\n".into(), [A, A, A]),
     ] {
         let mut store = store();
         store.apply("p.yaml", &text);

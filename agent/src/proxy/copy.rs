@@ -15,12 +15,14 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::task::Poll;
 
 use bytes::{Buf, Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use nix::sys::socket::{Shutdown, shutdown};
-use tokio::io::Interest;
+use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::TcpStream;
+use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::sync::Notify;
 use tokio::task::coop::consume_budget;
 
@@ -104,6 +106,10 @@ impl AppSocket {
         broken(self.stream()).await
     }
 
+    fn split(&mut self) -> (ReadHalf<'_>, WriteHalf<'_>) {
+        self.0.as_mut().expect("taken only by finish, which consumes self").split()
+    }
+
     fn finish(mut self) {
         self.0.take();
     }
@@ -121,7 +127,7 @@ impl Drop for AppSocket {
 ///
 /// `up` counts bytes from the application to the tunnel, `down` those that came back, when they were written.
 pub(super) async fn both_ways(
-    app: AppSocket,
+    mut app: AppSocket,
     mut send: SendStream<Bytes>,
     mut recv: RecvStream,
     up: &AtomicU64,
@@ -130,14 +136,15 @@ pub(super) async fn both_ways(
     cut: impl Future<Output = Arc<str>>,
 ) -> Result<(), Broken> {
     let received_all = Notify::new();
+    let (read, write) = app.split();
     let result = tokio::select! {
         biased;
         reason = cut => Err(Broken::Cut(reason)),
         result = async {
             tokio::try_join!(
-                to_tunnel(app.stream(), &mut send, up, &received_all),
+                to_tunnel(read, &mut send, up, &received_all),
                 async {
-                    to_app(app.stream(), &mut recv, down, budget).await?;
+                    to_app(write.as_ref(), &mut recv, down, budget).await?;
                     received_all.notify_one();
                     Ok(())
                 },
@@ -152,7 +159,7 @@ pub(super) async fn both_ways(
 }
 
 async fn to_tunnel(
-    app: &TcpStream,
+    mut app: ReadHalf<'_>,
     send: &mut SendStream<Bytes>,
     count: &AtomicU64,
     received_all: &Notify,
@@ -161,7 +168,7 @@ async fn to_tunnel(
     let mut buffer = BytesMut::new();
     loop {
         consume_budget().await;
-        // Readable first, room second: an idle connection holds no share of the tunnel's window.
+        // Readable first, room second: an idle connection holds next to no share of the tunnel's window.
         tokio::select! {
             biased;
             ready = app.readable() => ready.map_err(Broken::App)?,
@@ -170,19 +177,23 @@ async fn to_tunnel(
         let room = tokio::select! {
             biased;
             room = room(send, size) => room?,
-            error = broken(app) => return Err(Broken::App(error)),
+            error = broken(app.as_ref()) => return Err(Broken::App(error)),
         };
         buffer.reserve(size);
-        let read = match app.try_read_buf(&mut bytes::BufMut::limit(&mut buffer, room.min(size))) {
-            Ok(read) => read,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-            Err(error) => return Err(Broken::App(error)),
+        let mut into = bytes::BufMut::limit(&mut buffer, room.min(size));
+        // Once: `poll_read` knows that a short read has emptied the socket, where `try_read` would ask again.
+        let read = match poll_once(app.read_buf(&mut into)).await {
+            Some(read) => read.map_err(Broken::App)?,
+            None => continue,
         };
         if read == 0 {
             break;
         }
         send.send_data(buffer.split().freeze(), false).map_err(Broken::Tunnel)?;
         count.fetch_add(read as u64, Ordering::Relaxed);
+        if read < room.min(size) && send.capacity() > SMALLEST_CHUNK {
+            send.reserve_capacity(SMALLEST_CHUNK); // It rests: what it had taken goes back.
+        }
         if read == size && size < LARGEST_CHUNK {
             size *= 4;
         } else if read < size / 4 && size > SMALLEST_CHUNK {
@@ -200,8 +211,27 @@ async fn to_tunnel(
     }
 }
 
-/// Waits until the tunnel takes at least one byte; returns how many of the `wanted` it takes.
+/// Polls a future to see what it has now.
+async fn poll_once<F: Future>(future: F) -> Option<F::Output> {
+    let mut future = std::pin::pin!(future);
+    poll_fn(|cx| match future.as_mut().poll(cx) {
+        Poll::Ready(output) => Poll::Ready(Some(output)),
+        Poll::Pending => Poll::Ready(None),
+    })
+    .await
+}
+
+/// Room that is good enough not to ask for more.
+const ENOUGH: usize = 1024;
+
+/// Waits until the tunnel takes at least one byte; returns how many it takes, `wanted` if it can.
+///
+/// What is left of an earlier reservation is used first: reserving wakes the very task that reserves (h2 tells about
+/// capacity whoever last polled the stream), and tokio another worker for it.
 async fn room(send: &mut SendStream<Bytes>, wanted: usize) -> Result<usize, Broken> {
+    if wanted == SMALLEST_CHUNK && send.capacity() >= ENOUGH {
+        return Ok(send.capacity());
+    }
     send.reserve_capacity(wanted);
     loop {
         let room = send.capacity();

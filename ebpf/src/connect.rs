@@ -167,7 +167,7 @@ pub fn bind<const SIX: bool>(ctx: SockAddr<SIX>) -> i32 {
         ifindex: caller.ifindex,
         ..Event::default()
     };
-    refused(&mut event, Reason::ReservedPort);
+    refused(Reason::ReservedPort, || &mut event);
     REFUSE
 }
 
@@ -222,7 +222,7 @@ fn refuse(hook: u8, caller: &Netns, dial: &Dial, plan: &Plan, reason: Reason) ->
         ifindex: caller.ifindex,
         ..Event::default()
     };
-    refused(&mut event, reason);
+    refused(reason, || &mut event);
     if hook == event::CONNECT && features() & config::SET_RETVAL != 0 {
         // SAFETY: a helper on the running program; without it the kernel says EPERM.
         unsafe { bpf_set_retval(-ECONNREFUSED) };

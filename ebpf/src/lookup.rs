@@ -100,10 +100,6 @@ impl Flows for Maps {
         }
     }
     #[inline(always)]
-    fn now_ns(&self) -> u64 {
-        crate::outcome::now_ns()
-    }
-    #[inline(always)]
     fn fragment(&self, key: &FragmentKey) -> bool {
         maps::FRAGMENT.get_ptr(key).is_some()
     }
@@ -133,11 +129,11 @@ impl Flows for Maps {
 /// Copies a value by words, where the compiler would call a loop over its bytes.
 #[inline(always)]
 fn copy_words<T>(from: *const T, to: *mut T) {
-    const { assert!(size_of::<T>() % 8 == 0 && align_of::<T>() == 8) };
+    const { assert!(size_of::<T>() % 4 == 0 && align_of::<T>() == 4) };
     let mut word = 0;
-    while word < size_of::<T>() / 8 {
+    while word < size_of::<T>() / 4 {
         // SAFETY: inside both values, which are plain integers; volatile keeps the compiler from making it a memmove.
-        unsafe { to.cast::<u64>().add(word).write_volatile(from.cast::<u64>().add(word).read_volatile()) };
+        unsafe { to.cast::<u32>().add(word).write_volatile(from.cast::<u32>().add(word).read_volatile()) };
         word += 1;
     }
 }

@@ -81,11 +81,11 @@ fn tc(skb: Skb, direction: u32) -> i32 {
     match traffic::decide(&lookup::Maps, &hook, &skb, work) {
         Ok(Passed::Known) => NEXT,
         Ok(Passed::Accepted) => {
-            outcome::accepted(work.event(&hook));
+            outcome::accepted(|| work.event(&hook));
             NEXT
         }
         Err(reason) => {
-            outcome::refused(work.event(&hook), reason);
+            outcome::refused(reason, || work.event(&hook));
             DROP
         }
     }

@@ -8,19 +8,11 @@ use weft_datapath::reason::Reason;
 
 use crate::maps;
 
-/// Monotonic time.
-#[inline(always)]
-pub fn now_ns() -> u64 {
-    // SAFETY: a helper without arguments.
-    unsafe { bpf_ktime_get_ns() }
-}
-
 /// Counts a refusal and, within the rate limit, reports it.
 #[inline(always)]
-pub fn refused(event: &mut Event, reason: Reason) {
+pub fn refused<'a>(reason: Reason, event: impl FnOnce() -> &'a mut Event) {
     count(reason);
-    event.reason = reason as u8;
-    report(event, reason as u32, 0);
+    report(reason as u8, 0, event);
 }
 
 /// Counts a refusal that has no flow to tell of.
@@ -35,15 +27,16 @@ pub fn count(reason: Reason) {
 /// Reports an accepted flow, within the rate limit. It wakes nobody: the agent comes by soon enough, and a connection does
 /// not pay for a process switch.
 #[inline(always)]
-pub fn accepted(event: &mut Event) {
-    event.reason = 0;
-    report(event, 0, BPF_RB_NO_WAKEUP.into());
+pub fn accepted<'a>(event: impl FnOnce() -> &'a mut Event) {
+    report(0, BPF_RB_NO_WAKEUP.into(), event);
 }
 
+/// `event` is asked for only within the rate limit: making it costs as much as a lookup.
 #[inline(always)]
-fn report(event: &mut Event, bucket: u32, flags: u64) {
-    let Some(rate) = maps::RATE.get_ptr_mut(bucket) else { return };
-    let now = now_ns();
+fn report<'a>(reason: u8, flags: u64, event: impl FnOnce() -> &'a mut Event) {
+    let Some(rate) = maps::RATE.get_ptr_mut(reason.into()) else { return };
+    // SAFETY: a helper without arguments.
+    let now = unsafe { bpf_ktime_get_ns() };
     // SAFETY: a per-CPU value; a hook that interrupts another on this CPU costs at most a miscounted token.
     let rate = unsafe { &mut *rate };
     if now.wrapping_sub(rate.window_start_ns) > RATE_WINDOW_NS {
@@ -55,6 +48,8 @@ fn report(event: &mut Event, bucket: u32, flags: u64) {
         return;
     }
     rate.used += 1;
+    let event = event();
+    event.reason = reason;
     event.time_ns = now;
     event.suppressed = rate.suppressed;
     rate.suppressed = 0;

@@ -153,9 +153,7 @@ shared! {
         protocol: u32,
     }
     /// Value of `weft_conntrack`.
-    FlowState = 40 {
-        /// Monotonic time of the decision.
-        decided_ns: u64,
+    FlowState = 28 {
         /// Policy revision under which `verdict` was taken; another revision decides again.
         revision: u32,
         /// Identity number of the interface's workload.
@@ -170,8 +168,6 @@ shared! {
         origin: u32,
         /// The interface that the peer's packets were shown to come in by, or [`crate::conntrack::NOT_SEEN`].
         ingress: u32,
-        /// Zero.
-        pad: u32,
     }
     /// Key of `weft_fragment`: a UDP datagram whose first fragment passed in this direction.
     FragmentKey = 44 { ifindex: u32, src: Addr, dst: Addr, id: u32, protocol: u32 }

@@ -36,8 +36,6 @@ pub trait Flows: Tables {
     fn put_flow(&self, key: &FlowKey, state: &FlowState) -> Result<(), Reason>;
     /// Notes in an entry by which interface the peer's packets come in. An entry that is gone is decided again.
     fn show_peer(&self, key: &FlowKey, ingress: u32);
-    /// Monotonic time.
-    fn now_ns(&self) -> u64;
     /// Has the first fragment of this datagram passed?
     fn fragment(&self, key: &FragmentKey) -> bool;
     /// It has.
@@ -240,7 +238,6 @@ fn flow<T: Flows, P: Packet>(tables: &T, hook: &Hook, packet: &P, work: &mut Wor
     }
     work.judged = true;
     work.state.revision = revision;
-    work.state.decided_ns = tables.now_ns();
     if !from {
         work.state.ingress = hook.ingress_ifindex;
     }

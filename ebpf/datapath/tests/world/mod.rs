@@ -191,9 +191,6 @@ impl Flows for World {
             state.ingress = ingress;
         }
     }
-    fn now_ns(&self) -> u64 {
-        1
-    }
     fn fragment(&self, key: &FragmentKey) -> bool {
         self.fragments.borrow().contains(key)
     }

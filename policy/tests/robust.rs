@@ -20,6 +20,14 @@ const SEEDS: &[&str] = &[
      [{name: a, containerPort: 1}], livenessProbe: {tcpSocket: {port: a}}}]\nstatus: {podIP: 10.0.0.1, podIPs: [{ip: \"::2\"}]}\n",
     "apiVersion: v1\nkind: Service\nmetadata: {name: s}\nspec: {clusterIPs: [10.0.0.2, \"fd00::1\"], ports: [{port: 1, targetPort: \
      x}], selector: {a: b}}\n",
+    "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: n}\nspec: {podSelector: {matchExpressions: [{key: a, \
+     operator: In, values: [b]}]}, egress: [{to: [{ipBlock: {cidr: 10.0.0.0/8, except: [10.1.0.0/16]}}], ports: [{port: 1, endPort: 9}]}]}\n",
+    "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: c}\nspec: {endpointSelector: {matchLabels: {\"k8s:a\": b}}, \
+     ingress: [{fromEntities: [world], toPorts: [{ports: [{port: \"80\", protocol: TCP}], rules: {http: [{path: /}]}}]}], \
+     egressDeny: [{toCIDRSet: [{cidr: 10.0.0.0/8, except: [10.1.0.0/16]}], icmps: [{fields: [{type: Echo}]}]}]}\n",
+    "apiVersion: policy.networking.k8s.io/v1alpha2\nkind: ClusterNetworkPolicy\nmetadata: {name: c}\nspec: {tier: Admin, priority: 1, \
+     subject: {namespaces: {}}, egress: [{action: Pass, to: [{networks: [10.0.0.0/8]}], protocols: [{tcp: {destinationPort: {range: \
+     {start: 1, end: 9}}}}]}]}\n",
     "a: &a [1, *b]\n? x\n: |+\n  y\n- !!str z\n%YAML 1.2\n...\n",
 ];
 

@@ -69,6 +69,14 @@ fn a_broken_object_keeps_its_former_version_and_others_go_on() {
     assert_eq!(verdicts(&store), [A, A, A]);
 }
 
+/// An administrator's policy with a field that does not exist.
+fn admin(subject: &str) -> String {
+    format!(
+        "apiVersion: policy.networking.k8s.io/v1alpha1\nkind: AdminNetworkPolicy\nmetadata: {{name: a}}\nspec: {{priority: 1, \
+         ingres: [], subject: {{{subject}}}}}\n"
+    )
+}
+
 #[test]
 fn a_policy_that_was_never_whole_refuses_what_it_would_select() {
     for (text, expected) in [
@@ -86,6 +94,11 @@ fn a_policy_that_was_never_whole_refuses_what_it_would_select() {
         ("apiVersion: cilium.io/v2\nkind: CiliumClusterwideNetworkPolicy\nmetadata: {name: c}\nspec: {}\n".into(), [D, D, D]),
         ("apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: c}\nspec: {ingres: [], endpointSelector: {matchLabels: {\"k8s:app\": web}}}\n".into(), [D, A, A]),
         ("apiVersion: cilium.io/v2\nkind: CiliumClusterwideNetworkPolicy\nmetadata: {name: c}\nspec: {nodeSelector: {}}\n".into(), [A, A, A]),
+        ("apiVersion: cilium.io/v2\nkind: CiliumClusterwideNetworkPolicy\nmetadata: {name: c}\nspec: {ingres: [], endpointSelector: {matchLabels: {io.kubernetes.pod.namespace: prod}}}\n".into(), [A, A, D]),
+        (admin("namespaces: {matchLabels: {kubernetes.io/metadata.name: prod}}"), [A, A, D]),
+        (admin("pods: {namespaceSelector: {}, podSelector: {matchLabels: {app: web}}}"), [D, A, A]),
+        (admin("namespaces: {matchLabels: {team: a}}"), [D, D, D]),
+        (admin("namespaces: {}, pods: {namespaceSelector: {}, podSelector: {matchLabels: {app: web}}}"), [D, D, D]),
     ] {
         let mut store = store();
         store.apply("p.yaml", &text);

@@ -3,17 +3,32 @@
 //! `AdminNetworkPolicy` and `BaselineAdminNetworkPolicy` (v1alpha1) became the two tiers of `ClusterNetworkPolicy`
 //! (v1alpha2). Rules are read from the top and the first that matches decides, so none of these isolates anybody.
 
-use super::Meta;
 use super::core::{SCTP, TCP, UDP};
 use super::fields::{At, Fields, Findings};
 use super::selector;
+use super::yaml::Node;
+use super::{Meta, Reach};
 use crate::error::Severity;
 use crate::model::layer::{
     Direction, NetworkPolicy, NetworkRule, PeerMatch, PodSet, PortMatch, Ports, RuleList, RuleVerdict, Tier,
 };
+use crate::model::selector::NAMESPACE_NAME;
 
 /// The only `BaselineAdminNetworkPolicy` comes after every `ClusterNetworkPolicy` of the baseline tier.
 const LAST: i32 = 1001;
+
+/// What a policy that cannot be read would have selected, of equal labels of its subject.
+pub(super) fn reach(spec: Option<&Node>) -> Reach {
+    let subject = spec.and_then(|spec| spec.get("subject"));
+    let field = |name| subject.and_then(|subject| subject.get(name));
+    let (namespaces, pods) = match (field("namespaces"), field("pods")) {
+        (Some(namespaces), None) => (Some(namespaces), None),
+        (None, Some(pods)) => (pods.get("namespaceSelector"), pods.get("podSelector")),
+        _ => (None, None),
+    };
+    let namespace = super::equal_labels(namespaces).remove(NAMESPACE_NAME).map(Into::into);
+    Reach { namespace, selector: super::equal_labels(pods) }
+}
 
 /// What tells the three kinds apart.
 struct Dialect {

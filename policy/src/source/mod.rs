@@ -251,24 +251,26 @@ fn reach(node: &Node, kind: &str, object: &Option<ObjectRef>) -> Option<Reach> {
         None => Some(namespace().into()),
     };
     let spec = node.get("spec").filter(|_| node.get("specs").is_none());
-    let name = match kind {
-        "AuthorizationPolicy" | "PeerAuthentication" | "RequestAuthentication" => "selector",
-        "NetworkPolicy" => "podSelector",
-        "CiliumNetworkPolicy" | "CiliumClusterwideNetworkPolicy" => "endpointSelector",
-        _ => return Some(Reach { namespace, selector: Selector::new() }),
-    };
-    if name == "endpointSelector" && spec.is_some_and(cilium::only_nodes) {
-        return None;
-    }
-    let selector = spec.and_then(|spec| spec.get(name)).filter(|at| at.get("matchExpressions").is_none());
+    let of = |name| equal_labels(spec.and_then(|spec| spec.get(name)));
+    Some(match kind {
+        "AuthorizationPolicy" | "PeerAuthentication" | "RequestAuthentication" => {
+            Reach { namespace, selector: of("selector") }
+        }
+        "NetworkPolicy" => Reach { namespace, selector: of("podSelector") },
+        "CiliumNetworkPolicy" | "CiliumClusterwideNetworkPolicy" => {
+            return cilium::reach(namespace, spec, of("endpointSelector"));
+        }
+        "AdminNetworkPolicy" | "BaselineAdminNetworkPolicy" | "ClusterNetworkPolicy" => admin::reach(spec),
+        _ => Reach { namespace, selector: Selector::new() },
+    })
+}
+
+/// The `matchLabels` of a selector, if they can be read; all that it selects carries them.
+fn equal_labels(selector: Option<&Node>) -> Selector {
     let mut out = Findings::default();
-    let labels =
-        selector.and_then(|at| at.get("matchLabels")).map(|labels| At::new(labels, "").labels(&mut out));
-    let mut selector = labels.filter(|_| !out.refused()).unwrap_or_default();
-    if name == "endpointSelector" {
-        selector = cilium::own_labels(selector);
-    }
-    Some(Reach { namespace, selector })
+    let labels = selector.and_then(|at| at.get("matchLabels"));
+    let labels = labels.map(|labels| At::new(labels, "").labels(&mut out));
+    labels.filter(|_| !out.refused()).unwrap_or_default()
 }
 
 /// The addresses that a broken pod or service shows all the same.

@@ -9,12 +9,15 @@ mod ports;
 
 use super::fields::{At, Fields, Findings};
 use super::yaml::Node;
-use super::{Meta, Selector};
+use super::{Meta, Reach, Selector};
 use crate::error::Severity;
 use crate::model::layer::{
     Direction, NetworkPolicy, NetworkRule, PeerMatch, PodSet, PortMatch, RuleList, RuleVerdict, Tier,
 };
+use crate::model::selector::SERVICE_ACCOUNT;
+use peers::About;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Reads `spec` and `specs` of an object; a clusterwide one has no namespace.
 pub(super) fn policy(meta: &Meta, top: &mut Fields<'_>, out: &mut Findings) -> Vec<NetworkPolicy> {
@@ -29,15 +32,24 @@ pub(super) fn policy(meta: &Meta, top: &mut Fields<'_>, out: &mut Findings) -> V
     specs.iter().filter_map(|at| reader.spec(at, out)).collect()
 }
 
-/// Does a spec select nodes, and no workload?
-pub(super) fn only_nodes(spec: &Node) -> bool {
-    spec.get("nodeSelector").is_some() && spec.get("endpointSelector").is_none()
-}
-
-/// Of the equal labels of an `endpointSelector` those that pods carry themselves.
-pub(super) fn own_labels(labels: Selector) -> Selector {
-    let own = |(key, value): (String, String)| Some((peers::own_label(&key)?.to_owned(), value));
-    labels.into_iter().filter_map(own).collect()
+/// What a policy that cannot be read would have selected, of equal labels of its `endpointSelector`. `None`: only nodes.
+pub(super) fn reach(mut namespace: Option<Arc<str>>, spec: Option<&Node>, labels: Selector) -> Option<Reach> {
+    let has = |name| spec.is_some_and(|spec| spec.get(name).is_some());
+    if has("nodeSelector") && !has("endpointSelector") {
+        return None;
+    }
+    let mut selector = Selector::new();
+    for (key, value) in labels {
+        match peers::about(&key) {
+            // The service account is no label; to leave a requirement out only widens.
+            Some(About::Pod(label)) if label != SERVICE_ACCOUNT => {
+                selector.insert(label.to_owned(), value);
+            }
+            Some(About::Namespace) => namespace = namespace.or(Some(value.into())),
+            _ => {}
+        }
+    }
+    Some(Reach { namespace, selector })
 }
 
 struct Reader<'n> {

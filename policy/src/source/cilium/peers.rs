@@ -152,18 +152,17 @@ fn endpoint(at: &At<'_>, namespace: Option<&str>, out: &mut Findings) -> Option<
 
 /// Whom a policy is about: always of its own namespace, if it has one.
 pub(super) fn subject(at: &At<'_>, namespace: Option<&str>, out: &mut Findings) -> Option<PodSet> {
-    let Chosen { pods, reserved, other_namespace, .. } = chosen(at, out);
+    let Chosen { pods, reserved, named, .. } = chosen(at, out);
     if let Some(name) = reserved {
         out.error(at, format!("there are no workloads of reserved:{name}; select by other labels"));
         return None;
     }
     if let Some(own) = namespace
-        && other_namespace.is_some_and(|names| names != BTreeSet::from([own.to_owned()]))
+        && named.iter().any(|names| *names != BTreeSet::from([own.to_owned()]))
     {
-        out.error(
-            at,
-            format!("the policy is about its own namespace {own:?}; use no other in endpointSelector"),
-        );
+        let message =
+            format!("the policy is about its own namespace {own:?}; use no other in endpointSelector");
+        out.error(at, message);
         return None;
     }
     Some(scoped(pods, namespace))
@@ -176,8 +175,8 @@ struct Chosen {
     reserved: Option<String>,
     /// It says itself of which namespaces.
     names_namespaces: bool,
-    /// The namespaces that it names; empty if it speaks of them otherwise.
-    other_namespace: Option<BTreeSet<String>>,
+    /// The namespaces that each of its requirements names; empty where one speaks of them otherwise.
+    named: Vec<BTreeSet<String>>,
 }
 
 /// Cilium's labels have a source before a colon, and what is known of a pod besides its labels has a label too
@@ -192,45 +191,58 @@ fn chosen(at: &At<'_>, out: &mut Findings) -> Chosen {
     let expressions = expressions.map(|(index, it)| (format!("{}.matchExpressions[{index}]", at.path), it));
     let mut chosen = Chosen::default();
     for (place, Requirement { key, operator }) in equal.chain(expressions) {
-        let plain = key.strip_prefix("k8s:").or(key.strip_prefix("any:")).unwrap_or(&key);
-        if let Some(name) = key.strip_prefix("reserved:") {
-            match operator {
+        let mut refuse = |message: &str| out.add(Severity::Error, at.node.line, &place, message);
+        match about(&key) {
+            Some(About::Pod(label)) => push(&mut chosen.pods.pods, label, operator),
+            Some(About::Namespace) => {
+                chosen.names_namespaces = true;
+                chosen.named.push(match &operator {
+                    Operator::In(names) => names.clone(),
+                    _ => BTreeSet::new(),
+                });
+                push(&mut chosen.pods.namespaces, NAMESPACE_NAME, operator);
+            }
+            Some(About::NamespaceLabel(label)) => {
+                chosen.names_namespaces = true;
+                push(&mut chosen.pods.namespaces, label, operator);
+            }
+            Some(About::Reserved(name)) => match operator {
                 Operator::In(_) | Operator::Exists if chosen.reserved.is_none() => {
                     chosen.reserved = Some(name.to_owned());
                 }
-                _ => {
-                    out.add(Severity::Error, at.node.line, &place, "a reserved label is only asked for, once")
-                }
+                _ => refuse("a reserved label is only asked for, once"),
+            },
+            Some(About::Cluster) => {
+                refuse("the name of the cluster is not known here; leave it out, it holds for every workload")
             }
-        } else if plain.contains(':') {
-            let message = "only labels of Kubernetes are known here; their source is k8s or any";
-            out.add(Severity::Error, at.node.line, &place, message);
-        } else if plain == CLUSTER {
-            let message =
-                "the name of the cluster is not known here; leave it out, it holds for every workload";
-            out.add(Severity::Error, at.node.line, &place, message);
-        } else if plain == NAMESPACE {
-            chosen.names_namespaces = true;
-            chosen.other_namespace = Some(match &operator {
-                Operator::In(names) => names.clone(),
-                _ => BTreeSet::new(),
-            });
-            push(&mut chosen.pods.namespaces, NAMESPACE_NAME, operator);
-        } else if let Some(label) = plain.strip_prefix(NAMESPACE_LABELS) {
-            chosen.names_namespaces = true;
-            push(&mut chosen.pods.namespaces, label, operator);
-        } else {
-            push(&mut chosen.pods.pods, plain, operator);
+            None => refuse("only labels of Kubernetes are known here; their source is k8s or any"),
         }
     }
     chosen
 }
 
-/// The label of a pod behind a key, without its source.
-pub(super) fn own_label(key: &str) -> Option<&str> {
+/// What a label of Cilium is about.
+pub(super) enum About<'k> {
+    /// A label of the pod, or its service account.
+    Pod(&'k str),
+    Namespace,
+    NamespaceLabel(&'k str),
+    Cluster,
+    Reserved(&'k str),
+}
+
+/// `None`: a label of a source that is not known here.
+pub(super) fn about(key: &str) -> Option<About<'_>> {
+    if let Some(name) = key.strip_prefix("reserved:") {
+        return Some(About::Reserved(name));
+    }
     let plain = key.strip_prefix("k8s:").or(key.strip_prefix("any:")).unwrap_or(key);
-    let other = plain.contains(':') || plain.starts_with("io.cilium.") || plain == NAMESPACE;
-    (!other).then_some(plain)
+    match plain {
+        NAMESPACE => Some(About::Namespace),
+        CLUSTER => Some(About::Cluster),
+        _ if plain.contains(':') => None,
+        _ => Some(plain.strip_prefix(NAMESPACE_LABELS).map_or(About::Pod(plain), About::NamespaceLabel)),
+    }
 }
 
 fn push(to: &mut LabelSelector, key: &str, operator: Operator) {

@@ -5,8 +5,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use vm_tests::mesh::{dial, dial_until, worked};
 use vm_tests::{Mesh, Process};
 
-/// From the change of the file to the end of the connection: 100 ms after the apply, and the watcher's own delay.
-const LIMIT_MS: u64 = 400;
+/// From the change of the file to the end of a connection, the watcher's own delay included; of several, the one in the
+/// middle, as a loaded machine may hold up any single one.
+const LIMIT_MS: u64 = 100;
+const ROUNDS: usize = 3;
 
 fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock after 1970").as_millis() as u64
@@ -18,7 +20,8 @@ fn revoked(nodes: (usize, usize), mut mesh: Mesh) {
     mesh.allow(&b, &[&a, &c], &[]);
     mesh.start();
     let _server = Process::serve(&b.place, "echo=[::]:8080");
-    for target in [b.at4(8080), b.at6(8080)] {
+    let mut all = Vec::new();
+    for target in [b.at4(8080), b.at6(8080)].iter().cycle().take(2 * ROUNDS) {
         let mut idle = Process::load(&a.place, &format!("hold {target}"));
         let mut busy = Process::load(&a.place, &format!("hold {target} --every-ms 2"));
         let mut kept = Process::load(&c.place, &format!("hold {target} --every-ms 2"));
@@ -33,7 +36,7 @@ fn revoked(nodes: (usize, usize), mut mesh: Mesh) {
             let ended = ended.unwrap_or_else(|| panic!("{target}: the {what} connection lives on"));
             let after = ended["at_ms"].as_u64().expect("a time").saturating_sub(changed);
             println!("{target} {what}: ended with {} after {after} ms", ended["ended"]);
-            assert!(after < LIMIT_MS, "{target} {what}: {ended} {after} ms after the change");
+            all.push(after);
         }
         let ended = kept.line_within(Duration::from_millis(300));
         assert!(ended.is_none(), "{target}: an allowed connection was cut: {ended:?}");
@@ -41,6 +44,12 @@ fn revoked(nodes: (usize, usize), mut mesh: Mesh) {
         mesh.allow(&b, &[&a, &c], &[]);
         let again = dial_until(&a, &format!("{target} --send x --timeout-ms 1000"), worked);
         assert!(worked(&again), "{target}: {again}");
+    }
+    all.sort_unstable();
+    println!("{} connections cut after {all:?} ms", all.len());
+    // An emulated machine shows what happens, not how fast.
+    if std::env::var_os("WEFT_VM").is_none() {
+        assert!(all[all.len() / 2] < LIMIT_MS, "cut only after {all:?} ms");
     }
 }
 

@@ -87,6 +87,9 @@ pub struct AgentArgs {
     /// Trust domain of every SPIFFE ID.
     #[arg(long, value_name = "TD", default_value = "cluster.local")]
     pub trust_domain: String,
+    /// Lifetime of workload certificates, renewed at half of it. A short one needs a CA that is always reached.
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub cert_ttl: u64,
     /// Addresses that belong to the mesh although no manifest names them; unknown there is refused. Repeatable.
     #[arg(long, value_name = "CIDR")]
     pub mesh_cidr: Vec<String>,

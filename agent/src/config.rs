@@ -32,6 +32,8 @@ pub struct Config {
     pub admin_socket: PathBuf,
     /// Trust domain of every SPIFFE ID.
     pub trust_domain: String,
+    /// Lifetime that is asked for workload certificates.
+    pub cert_ttl: Duration,
     /// Further addresses that are inside the mesh.
     pub mesh_cidrs: Vec<Cidr>,
     /// Istio's defaults turned round.
@@ -126,6 +128,7 @@ impl Config {
             metrics: args.metrics,
             admin_socket: args.admin_socket.clone(),
             trust_domain: trust_domain("trust-domain", &args.trust_domain)?,
+            cert_ttl: Duration::from_secs(args.cert_ttl),
             mesh_cidrs,
             default_deny: args.default_deny,
             drain: Duration::from_secs(25),

@@ -38,8 +38,6 @@ use crate::proxy::{self, Proxy, View};
 use crate::snapshot::Snapshot;
 use crate::supervise::{Ready, ReadyGuard, Supervisor, Weight};
 
-/// Lifetime that is asked for workload certificates.
-const CERTIFICATE_TTL: Duration = Duration::from_secs(3600);
 /// The agent's own cgroup below the one that the hooks are attached to.
 const OWN_CGROUP: &str = "weft-agent";
 
@@ -53,7 +51,7 @@ pub async fn agent(config: Config) -> anyhow::Result<()> {
     let listener = TcpListener::bind(config.metrics)
         .await
         .with_context(|| format!("cannot listen on {} for --metrics", config.metrics))?;
-    let certs = CertStore::new(signer(&config)?, CERTIFICATE_TTL)?;
+    let certs = CertStore::new(signer(&config)?, config.cert_ttl)?;
     if config.cgroup.join {
         join(&config.cgroup)?;
     }

@@ -1,7 +1,7 @@
 //! `policy.networking.k8s.io`: what the administrator of a cluster decides before NetworkPolicy, and where none does.
 //!
 //! `AdminNetworkPolicy` and `BaselineAdminNetworkPolicy` (v1alpha1) became the two tiers of `ClusterNetworkPolicy`
-//! (v1alpha2). Rules are read from the top and the first that matches decides, so none of these isolates anybody.
+//! (v1alpha2, v1beta1). Rules are read from the top and the first that matches decides, so none of these isolates anybody.
 
 use super::core::{SCTP, TCP, UDP};
 use super::fields::{At, Fields, Findings};
@@ -35,6 +35,8 @@ struct Dialect {
     /// What an allowing rule calls its action.
     allow: &'static str,
     pass: bool,
+    /// Must `pods` say of which namespaces? Else it means those of all.
+    both_selectors: bool,
     /// Name and reader of the list of ports.
     ports: (&'static str, ReadPort),
 }
@@ -46,7 +48,8 @@ pub(super) fn admin_network_policy(
     spec: Option<At<'_>>,
     out: &mut Findings,
 ) -> Vec<NetworkPolicy> {
-    let dialect = Dialect { allow: "Allow", pass: true, ports: ("ports", port_v1alpha1) };
+    let dialect =
+        Dialect { allow: "Allow", pass: true, both_selectors: true, ports: ("ports", port_v1alpha1) };
     policy(meta, spec, &dialect, &|spec, out| Tier::Admin { priority: priority(spec, out) }, out)
 }
 
@@ -63,7 +66,8 @@ pub(super) fn baseline_admin_network_policy(
             "there is one baseline, and its name is \"default\"",
         );
     }
-    let dialect = Dialect { allow: "Allow", pass: false, ports: ("ports", port_v1alpha1) };
+    let dialect =
+        Dialect { allow: "Allow", pass: false, both_selectors: true, ports: ("ports", port_v1alpha1) };
     policy(meta, spec, &dialect, &|_, _| Tier::Baseline { priority: LAST }, out)
 }
 
@@ -72,7 +76,8 @@ pub(super) fn cluster_network_policy(
     spec: Option<At<'_>>,
     out: &mut Findings,
 ) -> Vec<NetworkPolicy> {
-    let dialect = Dialect { allow: "Accept", pass: true, ports: ("protocols", port_v1alpha2) };
+    let dialect =
+        Dialect { allow: "Accept", pass: true, both_selectors: false, ports: ("protocols", port_v1alpha2) };
     policy(meta, spec, &dialect, &tier, out)
 }
 
@@ -93,7 +98,7 @@ fn policy(
     let mut spec = spec.fields(out);
     let tier = tier(&mut spec, out);
     let subject = match spec.take("subject") {
-        Some(at) => pods(&at, at.fields(out), out),
+        Some(at) => pods(&at, at.fields(out), dialect, out),
         None => {
             out.error(&spec.at.clone(), "`subject` is missing; it says whom the policy is about");
             None
@@ -157,7 +162,7 @@ fn rule(
     }
     let mut chosen = Vec::new();
     for at in &peers {
-        peer(at, direction, &mut chosen, out);
+        peer(at, direction, dialect, &mut chosen, out);
     }
     let (name, read) = dialect.ports;
     let given = fields.take(name);
@@ -197,21 +202,26 @@ fn action(fields: &mut Fields<'_>, dialect: &Dialect, out: &mut Findings) -> Opt
 }
 
 /// `namespaces`, or `pods` with both selectors: of a subject, or of a peer whose other fields are taken already.
-fn pods(at: &At<'_>, mut fields: Fields<'_>, out: &mut Findings) -> Option<PodSet> {
+fn pods(at: &At<'_>, mut fields: Fields<'_>, dialect: &Dialect, out: &mut Findings) -> Option<PodSet> {
     let (namespaces, pods) = (fields.take("namespaces"), fields.take("pods"));
     fields.finish(out);
     match (namespaces, pods) {
         (Some(at), None) => Some(PodSet { namespaces: selector::labels(&at, out), ..PodSet::default() }),
         (None, Some(at)) => {
             let mut fields = at.fields(out);
-            let mut read = |name| match fields.take(name) {
+            let mut read = |name, must| match fields.take(name) {
                 Some(at) => selector::labels(&at, out),
                 None => {
-                    out.error(&at, format!("`{name}` is missing; write `{{}}` for all"));
+                    if must {
+                        out.error(&at, format!("`{name}` is missing; write `{{}}` for all"));
+                    }
                     Default::default()
                 }
             };
-            let set = PodSet { namespaces: read("namespaceSelector"), pods: read("podSelector") };
+            let set = PodSet {
+                namespaces: read("namespaceSelector", dialect.both_selectors),
+                pods: read("podSelector", true),
+            };
             fields.finish(out);
             Some(set)
         }
@@ -227,10 +237,10 @@ fn pods(at: &At<'_>, mut fields: Fields<'_>, out: &mut Findings) -> Option<PodSe
 }
 
 /// Only on egress is there more to name than workloads.
-fn peer(at: &At<'_>, direction: Direction, to: &mut Vec<PeerMatch>, out: &mut Findings) {
+fn peer(at: &At<'_>, direction: Direction, dialect: &Dialect, to: &mut Vec<PeerMatch>, out: &mut Findings) {
     let mut fields = at.fields(out);
     if direction == Direction::Ingress {
-        to.extend(pods(at, fields, out).map(PeerMatch::Pods));
+        to.extend(pods(at, fields, dialect, out).map(PeerMatch::Pods));
         return;
     }
     let before = out.0.len();
@@ -252,7 +262,7 @@ fn peer(at: &At<'_>, direction: Direction, to: &mut Vec<PeerMatch>, out: &mut Fi
         }
         fields.finish(out);
     } else if out.0.len() == before {
-        to.extend(pods(at, fields, out).map(PeerMatch::Pods));
+        to.extend(pods(at, fields, dialect, out).map(PeerMatch::Pods));
     }
 }
 

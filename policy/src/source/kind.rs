@@ -89,7 +89,7 @@ pub(super) fn treatment(version: &str, kind: &str) -> Treatment {
         ("cilium.io", "CiliumClusterwideNetworkPolicy") => used("CiliumClusterwideNetworkPolicy", &["v2"]),
         (ADMIN, "AdminNetworkPolicy") => used("AdminNetworkPolicy", &["v1alpha1"]),
         (ADMIN, "BaselineAdminNetworkPolicy") => used("BaselineAdminNetworkPolicy", &["v1alpha1"]),
-        (ADMIN, "ClusterNetworkPolicy") => used("ClusterNetworkPolicy", &["v1alpha2"]),
+        (ADMIN, "ClusterNetworkPolicy") => used("ClusterNetworkPolicy", &["v1beta1", "v1alpha2"]),
         ("networking.istio.io", "DestinationRule") => used("DestinationRule", &["v1", "v1beta1", "v1alpha3"]),
         (
             "networking.istio.io" | "gateway.networking.k8s.io" | "telemetry.istio.io" | "networking.k8s.io",

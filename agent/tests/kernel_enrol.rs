@@ -92,7 +92,7 @@ fn connect(pod: &Namespace, index: usize, address: &str) {
 /// Workload 0 may reach workload 1 and not the other way.
 fn policy() -> PolicySet {
     let row = |destination, source, verdict| {
-        let key = PolicyKey { bank: 0, destination, source, class: 0, port: 0, pad: 0 };
+        let key = PolicyKey { subject: destination, peer: source, ..PolicyKey::default() };
         (key, PolicyValue { verdict, rule: 7 })
     };
     let subject =
@@ -204,7 +204,7 @@ fn a_revoked_rule_cuts_idle_connections_at_both_ends() {
     assert!(cut_revoked(&kernel.maps, &applied.enrolled).unwrap().is_empty());
 
     // Only the rule for this source goes; the default of the destination denies.
-    desired.policy.policies.retain(|key, _| (key.destination, key.source) != (17, 16));
+    desired.policy.policies.retain(|key, _| (key.subject, key.peer) != (17, 16));
     std::thread::sleep(Duration::from_millis(1_100));
     let start = Instant::now();
     let applied = state.apply(&kernel, &desired);

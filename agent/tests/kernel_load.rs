@@ -79,7 +79,7 @@ fn subject(identity: u32) -> (SubjectKey, Subject) {
 }
 
 fn row(source: u32, verdict: u32) -> (PolicyKey, PolicyValue) {
-    let key = PolicyKey { bank: 0, destination: 20, source, class: 0, port: 0, pad: 0 };
+    let key = PolicyKey { subject: 20, peer: source, ..PolicyKey::default() };
     (key, PolicyValue { verdict, rule: 1 })
 }
 

@@ -57,6 +57,10 @@ impl Tables for Maps {
         maps::INSIDE.get(&Key::new(128, *addr)).is_some()
     }
     #[inline(always)]
+    fn is_node_addr(&self, addr: &Addr) -> bool {
+        maps::NODE_ADDR.get_ptr(addr).is_some()
+    }
+    #[inline(always)]
     fn service(&self, key: &ServiceKey) -> Option<Service> {
         copied!(maps::SERVICE, key)
     }
@@ -74,10 +78,6 @@ impl Flows for Maps {
     #[inline(always)]
     fn owns(&self, key: &IfaceAddr) -> bool {
         maps::IFACE_ADDR.get_ptr(key).is_some()
-    }
-    #[inline(always)]
-    fn is_node_addr(&self, addr: &Addr) -> bool {
-        maps::NODE_ADDR.get_ptr(addr).is_some()
     }
     #[inline(always)]
     fn flow(&self, key: &FlowKey, state: &mut FlowState) -> bool {

@@ -14,7 +14,7 @@ use weft_datapath::{names, reason};
 /// Slot -> u32, see `names::config`. Written by the agent, read by all.
 #[map(name = "weft_config")]
 pub static CONFIG: Array<u32> = Array::with_max_entries(names::config::LEN, 0);
-/// Destination identity -> what is known about it. Agent; an insert that fails keeps the former revision.
+/// Identity -> what is known about it. Agent; an insert that fails keeps the former revision.
 #[map(name = "weft_subject")]
 pub static SUBJECT: HashMap<SubjectKey, Subject> = HashMap::with_max_entries(131_072, BPF_F_NO_PREALLOC);
 /// Destination identity and port -> mTLS mode. Agent; as above.
@@ -23,7 +23,7 @@ pub static MODE: HashMap<ModeKey, u32> = HashMap::with_max_entries(32_768, BPF_F
 /// Policy rows. Agent; as above.
 #[map(name = "weft_policy")]
 pub static POLICY: HashMap<PolicyKey, PolicyValue> = HashMap::with_max_entries(524_288, BPF_F_NO_PREALLOC);
-/// Bank and source address -> class. Agent; as above.
+/// Bank and address -> class; bank and port -> range. Agent; as above.
 #[map(name = "weft_cidr")]
 pub static CIDR: LpmTrie<CidrKey, u32> = LpmTrie::with_max_entries(65_536, 0);
 /// Addresses that belong to the mesh even without a workload. Agent.

@@ -17,7 +17,6 @@ pub mod error;
 pub mod eval;
 pub mod model;
 pub mod source;
-mod sources;
 pub mod store;
 pub mod tables;
 

@@ -2,12 +2,14 @@
 
 use crate::error::ObjectRef;
 use crate::model::cidr;
+use crate::model::layer::{NetworkRule, RuleList, RuleVerdict};
 use crate::source::Action;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use weft_datapath::abi::{
     Addr, Backend, Endpoint, ModeKey, Netns, PolicyKey, PolicyValue, ServiceKey, Subject, SubjectKey,
 };
+use weft_datapath::policy::PORTS;
 
 /// What a rule number stands for.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -15,7 +17,9 @@ pub struct RuleRef {
     /// The policy object.
     pub object: ObjectRef,
     pub action: RuleAction,
-    /// Position in `spec.rules`; absent where the object decides as a whole.
+    /// The list that the rule stands in.
+    pub list: RuleList,
+    /// Position in that list; absent where the object decides as a whole.
     pub index: Option<u32>,
 }
 
@@ -24,12 +28,33 @@ pub struct RuleRef {
 pub enum RuleAction {
     Allow,
     Deny,
-    /// It is the first of the ALLOW policies of which no rule matched.
+    /// It is the first of the policies that ask for a rule that allows, and none matched.
     NoneAllowed,
     /// `PeerAuthentication` asks for a proven identity.
     Strict,
     /// It cannot be enforced.
     Blocked,
+}
+
+impl RuleRef {
+    /// A rule of an Istio policy.
+    pub fn rule(object: &ObjectRef, action: RuleAction, index: usize) -> RuleRef {
+        RuleRef { object: object.clone(), action, list: RuleList::Rules, index: Some(index as u32) }
+    }
+
+    /// A rule of a network policy.
+    pub fn network(object: &ObjectRef, rule: &NetworkRule) -> RuleRef {
+        let action = match rule.action {
+            RuleVerdict::Deny => RuleAction::Deny,
+            RuleVerdict::Allow | RuleVerdict::Pass => RuleAction::Allow,
+        };
+        RuleRef { object: object.clone(), action, list: rule.list, index: Some(rule.index) }
+    }
+
+    /// An object as a whole.
+    pub fn whole(object: &ObjectRef, action: RuleAction) -> RuleRef {
+        RuleRef { object: object.clone(), action, list: RuleList::Rules, index: None }
+    }
 }
 
 impl RuleAction {
@@ -57,7 +82,7 @@ impl fmt::Display for RuleRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.object)?;
         if let Some(index) = self.index {
-            write!(f, " rules[{index}]")?;
+            write!(f, " {}[{index}]", self.list.name())?;
         }
         write!(f, " ({})", self.action.name())
     }
@@ -82,14 +107,18 @@ pub struct Tables {
     pub policies: BTreeMap<PolicyKey, PolicyValue>,
     /// Address and prefix length (0 to 128, IPv4 within `::ffff:0:0/96`) to class.
     pub cidrs: BTreeMap<(Addr, u8), u32>,
-    /// Rule number `n` is `rules[n - 1]`; number 0 is a default.
-    pub rules: Vec<RuleRef>,
+    /// First port and prefix length of a range of ports (0 to 16), to the number of the range.
+    pub ranges: BTreeMap<(u16, u8), u32>,
+    /// Rules by number. A number is made from the rule itself, so that other rules do not move it; 0 is a default.
+    pub rules: BTreeMap<u32, RuleRef>,
     /// Address to workload. `ifindex` is 0: only the agent knows which are local.
     pub endpoints: BTreeMap<Addr, Endpoint>,
     pub services: BTreeMap<ServiceKey, ServiceEntry>,
     /// Addresses that belong to the mesh and must not be reached (contested ones), and whatever the agent adds.
     pub inside: Vec<cidr::Cidr>,
     /// Filled by the agent, for decisions on the host.
+    pub node_addrs: BTreeSet<Addr>,
+    /// Filled by the agent.
     pub netns: BTreeMap<u64, Netns>,
     /// Filled by the agent.
     pub revision: u32,
@@ -98,7 +127,7 @@ pub struct Tables {
 impl Tables {
     /// The rule behind a number of the tables.
     pub fn rule(&self, number: u32) -> Option<&RuleRef> {
-        self.rules.get(number.checked_sub(1)? as usize)
+        self.rules.get(&number)
     }
 }
 
@@ -115,7 +144,15 @@ impl weft_datapath::tables::Tables for Tables {
         self.modes.get(&ModeKey { bank: 0, identity, port, pad: 0 }).copied()
     }
 
-    fn class(&self, _bank: u32, addr: &Addr) -> u32 {
+    fn class(&self, bank: u32, addr: &Addr) -> u32 {
+        if bank & PORTS != 0 {
+            let port = u16::from_be_bytes([addr[0], addr[1]]);
+            let first = |prefix: u8| port & u16::MAX.checked_shl(16 - u32::from(prefix)).unwrap_or(0);
+            return (0..=16u8).rev().find_map(|p| self.ranges.get(&(first(p), p))).copied().unwrap_or(0);
+        }
+        if self.cidrs.is_empty() {
+            return 0;
+        }
         let bits = u128::from_be_bytes(*addr);
         let longest = (0..=128u8).rev().find_map(|prefix| {
             let mask = u128::MAX.checked_shl(128 - u32::from(prefix)).unwrap_or(0);
@@ -139,6 +176,10 @@ impl weft_datapath::tables::Tables for Tables {
     fn inside(&self, addr: &Addr) -> bool {
         let ip = cidr::ip(addr);
         self.inside.iter().any(|range| range.contains(ip))
+    }
+
+    fn is_node_addr(&self, addr: &Addr) -> bool {
+        self.node_addrs.contains(addr)
     }
 
     fn service(&self, key: &ServiceKey) -> Option<weft_datapath::abi::Service> {

@@ -5,10 +5,12 @@ use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use weft_datapath::identity::{ANONYMOUS, FIRST_WORKLOAD, NODE};
 use weft_datapath::policy::{self, Access, Mode};
 use weft_policy::model::cidr;
+use weft_policy::model::layer::icmp_port;
 use weft_policy::{Flow, Model, ObjectStore, Peer, Settings, Tables, Verdict, compile};
 
 const CIDRS: &[&str] = &[
@@ -34,7 +36,23 @@ const ADDRS: &[&str] = &[
     "2001:db8::2",
     "fd00::1",
 ];
-const PORTS: &[u16] = &[0, 80, 443, 8080, 9999];
+/// Protocol and port of every flow that is tried.
+const ASKED: &[(u8, u16)] = &[
+    (6, 0),
+    (6, 80),
+    (6, 443),
+    (6, 8080),
+    (6, 8500),
+    (6, 9999),
+    (17, 53),
+    (17, 80),
+    (17, 8500),
+    (132, 80),
+    (1, icmp_port(8)),
+    (1, icmp_port(13)),
+    (58, icmp_port(128)),
+    (47, 0),
+];
 const NAMESPACES: &[&str] = &["default", "prod", "istio-system"];
 
 fn list(values: &'static [&'static str]) -> impl Strategy<Value = String> {
@@ -168,74 +186,269 @@ fn policy() -> impl Strategy<Value = String> {
         },
     );
     prop_oneof![3 => authorization, 1 => authentication]
+        .prop_map(|text| format!("apiVersion: security.istio.io/v1\n{text}"))
+}
+
+/// One of these, by weight equal.
+fn one(values: &'static [&'static str]) -> impl Strategy<Value = String> {
+    prop::sample::select(values).prop_map(str::to_owned)
+}
+
+fn several(items: impl Strategy<Value = String>) -> impl Strategy<Value = String> {
+    prop::collection::vec(items, 0..3).prop_map(|items| format!("[{}]", items.join(", ")))
+}
+
+fn label_selector() -> impl Strategy<Value = String> {
+    one(&[
+        "{}",
+        "{matchLabels: {app: x}}",
+        "{matchLabels: {app: y}}",
+        "{matchExpressions: [{key: app, operator: In, values: [x, z]}]}",
+        "{matchExpressions: [{key: app, operator: NotIn, values: [x]}]}",
+        "{matchExpressions: [{key: v, operator: Exists}]}",
+        "{matchLabels: {app: y}, matchExpressions: [{key: v, operator: DoesNotExist}]}",
+    ])
+}
+
+fn namespace_selector() -> impl Strategy<Value = String> {
+    one(&[
+        "{}",
+        "{matchLabels: {team: red}}",
+        "{matchLabels: {kubernetes.io/metadata.name: prod}}",
+        "{matchExpressions: [{key: team, operator: NotIn, values: [red]}]}",
+    ])
+}
+
+fn block() -> impl Strategy<Value = String> {
+    one(&[
+        "{cidr: 0.0.0.0/0}",
+        "{cidr: 10.0.0.0/8, except: [10.1.0.0/16]}",
+        "{cidr: 10.1.2.0/24}",
+        "{cidr: \"::/0\", except: [\"2001:db8::/32\"]}",
+        "{cidr: 0.0.0.0/0, except: [10.0.0.0/8, 192.168.0.0/16]}",
+    ])
+}
+
+fn network_peer() -> impl Strategy<Value = String> {
+    prop_oneof![
+        label_selector().prop_map(|pods| format!("{{podSelector: {pods}}}")),
+        namespace_selector().prop_map(|ns| format!("{{namespaceSelector: {ns}}}")),
+        (label_selector(), namespace_selector())
+            .prop_map(|(pods, ns)| format!("{{podSelector: {pods}, namespaceSelector: {ns}}}")),
+        block().prop_map(|block| format!("{{ipBlock: {block}}}")),
+    ]
+}
+
+fn network_port() -> impl Strategy<Value = String> {
+    one(&[
+        "{port: 80}",
+        "{port: 53, protocol: UDP}",
+        "{port: web}",
+        "{port: dns, protocol: UDP}",
+        "{protocol: SCTP}",
+        "{protocol: TCP}",
+        "{port: 80, endPort: 90}",
+        "{port: 8000, endPort: 9000}",
+        "{port: 8080, endPort: 20000}",
+        "{port: 1, endPort: 65535, protocol: UDP}",
+    ])
+}
+
+fn network_rule(peers: &'static str) -> impl Strategy<Value = String> {
+    let list = |name: &'static str, items: BoxedStrategy<String>| {
+        prop::option::weighted(0.7, several(items))
+            .prop_map(move |items| items.map(|items| format!("{name}: {items}")))
+    };
+    (list(peers, network_peer().boxed()), list("ports", network_port().boxed())).prop_map(|(peers, ports)| {
+        format!("{{{}}}", peers.into_iter().chain(ports).collect::<Vec<_>>().join(", "))
+    })
+}
+
+fn network_policy() -> impl Strategy<Value = String> {
+    let types = one(&["[Ingress]", "[Egress]", "[Ingress, Egress]"]);
+    let rules = (several(network_rule("from")), several(network_rule("to")));
+    (namespace(), label_selector(), types, rules).prop_map(|(namespace, pods, types, (ingress, egress))| {
+        let ingress = if types.contains("Ingress") { format!(", ingress: {ingress}") } else { String::new() };
+        let egress = if types.contains("Egress") { format!(", egress: {egress}") } else { String::new() };
+        format!(
+            "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: NAME, namespace: {namespace}}}\n\
+             spec: {{podSelector: {pods}, policyTypes: {types}{ingress}{egress}}}\n"
+        )
+    })
+}
+
+/// `from` or `to`.
+fn cilium_rule(side: &'static str, deny: bool) -> impl Strategy<Value = String> {
+    let peers = prop_oneof![
+        several(label_selector()).prop_map(move |list| format!("{side}Endpoints: {list}, ")),
+        one(&["world", "host", "cluster", "all"])
+            .prop_map(move |entity| format!("{side}Entities: [{entity}], ")),
+        one(&["10.0.0.0/8", "10.1.2.0/24", "\"::/0\""])
+            .prop_map(move |cidr| format!("{side}CIDR: [{cidr}], ")),
+        block().prop_map(move |block| format!("{side}CIDRSet: [{block}], ")),
+        Just(String::new()),
+    ];
+    let http = if deny { "" } else { ", rules: {http: [{method: GET}]}" };
+    let ports = prop_oneof![
+        one(&[
+            "{port: \"80\", protocol: TCP}",
+            "{port: \"53\", protocol: ANY}",
+            "{port: \"8000\", endPort: 9000, protocol: TCP}"
+        ])
+        .prop_map(|port| format!("toPorts: [{{ports: [{port}]}}]")),
+        Just(format!("toPorts: [{{ports: [{{port: \"80\", protocol: TCP}}]{http}}}]")),
+        Just("icmps: [{fields: [{type: 8, family: IPv4}]}]".to_owned()),
+        Just(String::new()),
+    ];
+    (peers, ports).prop_map(|(peers, ports)| format!("{{{peers}{ports}}}"))
+}
+
+fn cilium_policy() -> impl Strategy<Value = String> {
+    let list = |name: &'static str, side: &'static str, deny: bool| {
+        prop::option::weighted(0.4, several(cilium_rule(side, deny)))
+            .prop_map(move |rules| rules.map_or(String::new(), |rules| format!(", {name}: {rules}")))
+    };
+    let allow = (list("ingress", "from", false), list("egress", "to", false));
+    let deny = (list("ingressDeny", "from", true), list("egressDeny", "to", true));
+    let wide = any::<bool>();
+    (namespace(), label_selector(), allow, deny, wide).prop_map(|(namespace, pods, allow, deny, wide)| {
+        let (kind, namespace) = if wide {
+            ("CiliumClusterwideNetworkPolicy", String::new())
+        } else {
+            ("CiliumNetworkPolicy", format!(", namespace: {namespace}"))
+        };
+        let ((ingress, egress), (ingress_deny, egress_deny)) = (allow, deny);
+        let mut rules = format!("{ingress}{egress}{ingress_deny}{egress_deny}");
+        if rules.is_empty() {
+            rules = ", ingress: []".into();
+        }
+        format!("apiVersion: cilium.io/v2\nkind: {kind}\nmetadata: {{name: NAME{namespace}}}\nspec: {{endpointSelector: {pods}{rules}}}\n")
+    })
+}
+
+fn admin_policy() -> impl Strategy<Value = String> {
+    let set = || {
+        prop_oneof![
+            namespace_selector().prop_map(|ns| format!("{{namespaces: {ns}}}")),
+            (namespace_selector(), label_selector())
+                .prop_map(|(ns, pods)| format!("{{pods: {{namespaceSelector: {ns}, podSelector: {pods}}}}}")),
+        ]
+    };
+    let ports = || {
+        one(&[
+            "",
+            ", ports: [{portNumber: {protocol: TCP, port: 80}}]",
+            ", ports: [{portRange: {protocol: TCP, start: 8000, end: 9000}}]",
+            ", ports: [{namedPort: web}]",
+            ", ports: [{portNumber: {protocol: UDP, port: 53}}]",
+        ])
+    };
+    let rule = move |side: &'static str, baseline: bool| {
+        let actions: &'static [&'static str] =
+            if baseline { &["Allow", "Deny"] } else { &["Allow", "Deny", "Pass"] };
+        (one(actions), set(), ports())
+            .prop_map(move |(action, peer, ports)| format!("{{action: {action}, {side}: [{peer}]{ports}}}"))
+    };
+    any::<bool>().prop_flat_map(move |baseline| {
+        let rules = (several(rule("from", baseline)), several(rule("to", baseline)));
+        (set(), 0..3, rules).prop_map(move |(subject, priority, (ingress, egress))| {
+            let (kind, name, priority) = if baseline {
+                ("BaselineAdminNetworkPolicy", "default", String::new())
+            } else {
+                ("AdminNetworkPolicy", "NAME", format!("priority: {priority}, "))
+            };
+            format!(
+                "apiVersion: policy.networking.k8s.io/v1alpha1\nkind: {kind}\nmetadata: {{name: {name}}}\n\
+                 spec: {{{priority}subject: {subject}, ingress: {ingress}, egress: {egress}}}\n"
+            )
+        })
+    })
 }
 
 fn pod() -> impl Strategy<Value = String> {
     let labels = prop::sample::select(vec!["{}", "{app: x}", "{app: y, v: \"1\"}", "{app: y}"]);
     let probe = prop::option::weighted(0.4, prop::sample::select(vec![80u16, 9999]));
     let addrs = prop::sample::subsequence(&["10.1.2.3", "10.1.2.9", "10.7.0.1", "2001:db8::9"][..], 0..=1);
-    (namespace(), prop::sample::select(vec!["a", "b"]), labels, probe, addrs).prop_map(|(namespace, account, labels, probe, addrs)| {
-        let probe = probe.map(|port| format!(", readinessProbe: {{tcpSocket: {{port: {port}}}}}")).unwrap_or_default();
+    let ports = one(&[
+        "[]",
+        "[{name: web, containerPort: 80}]",
+        "[{name: web, containerPort: 8080}, {name: dns, containerPort: 53, protocol: UDP}]",
+    ]);
+    let who = (namespace(), prop::sample::select(vec!["a", "b"]));
+    (who, labels, probe, addrs, ports).prop_map(|((namespace, account), labels, probe, addrs, ports)| {
+        let probe = probe
+            .map(|port| format!(", readinessProbe: {{tcpSocket: {{port: {port}}}}}"))
+            .unwrap_or_default();
         let addrs: Vec<_> = addrs.iter().map(|addr| format!("{{ip: \"{addr}\"}}")).collect();
         format!(
-            "kind: Pod\nmetadata: {{name: NAME, namespace: {namespace}, labels: {labels}}}\n\
-             spec: {{serviceAccountName: {account}, containers: [{{name: c{probe}}}]}}\nstatus: {{podIPs: [{}]}}\n",
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: NAME, namespace: {namespace}, labels: {labels}}}\n\
+             spec: {{serviceAccountName: {account}, containers: [{{name: c, ports: {ports}{probe}}}]}}\n\
+             status: {{podIPs: [{}]}}\n",
             addrs.join(", ")
         )
     })
 }
 
-fn world() -> impl Strategy<Value = (String, bool)> {
-    let objects = (prop::collection::vec(pod(), 1..5), prop::collection::vec(policy(), 0..5));
-    (objects, any::<bool>()).prop_map(|((pods, policies), default_deny)| {
-        let mut text = String::new();
-        for (index, object) in pods.iter().chain(&policies).enumerate() {
-            let version = if object.starts_with("kind: Pod") { "v1" } else { "security.istio.io/v1" };
-            let _ =
-                write!(text, "---\napiVersion: {version}\n{}", object.replace("NAME", &format!("o{index}")));
-        }
-        (text, default_deny)
+fn any_policy() -> impl Strategy<Value = String> {
+    prop_oneof![
+        4 => policy(),
+        4 => network_policy(),
+        3 => cilium_policy(),
+        2 => admin_policy(),
+    ]
+}
+
+fn world() -> impl Strategy<Value = (Vec<String>, bool)> {
+    let objects = (prop::collection::vec(pod(), 1..5), prop::collection::vec(any_policy(), 0..6));
+    (objects, prop::bool::weighted(0.3)).prop_map(|((pods, policies), default_deny)| {
+        let labelled =
+            "apiVersion: v1\nkind: Namespace\nmetadata: {name: prod, labels: {team: red}}\n".to_owned();
+        let named = pods.iter().chain(&policies).enumerate();
+        let mut objects: Vec<String> =
+            named.map(|(index, object)| object.replace("NAME", &format!("o{index}"))).collect();
+        objects.push(labelled);
+        (objects, default_deny)
     })
+}
+
+fn model_of(objects: &[String], default_deny: bool) -> Model {
+    let mut store = ObjectStore::new();
+    store.apply("world.yaml", &objects.join("---\n"));
+    store.model(Settings { default_deny, ..Settings::default() })
+}
+
+fn numbers(model: &Model) -> compile::Numbers {
+    model.identities().into_iter().zip(FIRST_WORKLOAD..).collect::<BTreeMap<Arc<_>, _>>()
 }
 
 /// All flows between all ends of a small world; returns how many there were.
 fn agree(model: &Model, tables: &Tables, numbers: &compile::Numbers) -> Result<usize, TestCaseError> {
     let mut flows = 0;
-    let known = numbers.iter().map(|(identity, number)| (*number, Peer::Workload(&identity.spiffe)));
-    let sources: Vec<_> = known.chain([(ANONYMOUS, Peer::Anonymous), (NODE, Peer::Node)]).collect();
-    for (destination, destination_number) in numbers {
-        for port in PORTS {
-            let mode = policy::mode(tables, 0, *destination_number, *port);
-            prop_assert_eq!(
-                mode,
-                model.modes(destination).at(*port).0,
-                "mode of {} port {}",
-                destination,
-                port
-            );
-            for (source_number, source) in &sources {
-                for addr in ADDRS {
-                    let source_addr: IpAddr = addr.parse().unwrap();
-                    let flow = Flow { source: *source, source_addr, destination, port: *port };
-                    let expected = model.eval(&flow);
-                    let access = Access {
-                        source: *source_number,
-                        source_addr: cidr::addr(source_addr),
-                        destination: *destination_number,
-                        port: *port,
-                    };
-                    let got = policy::decide(tables, &access);
-                    let verdict = match got.verdict {
-                        policy::ALLOW => Verdict::Allow,
-                        policy::HTTP => Verdict::Http,
-                        _ => Verdict::Deny,
-                    };
-                    prop_assert_eq!(verdict, expected.verdict, "{:?}: {:?}", flow, expected);
-                    prop_assert_eq!(tables.rule(got.rule), expected.rule.as_ref(), "{:?}", flow);
-                    prop_assert_eq!(expected.remedy.is_none(), verdict == Verdict::Allow);
-                    if mode == Mode::Strict && source_number == &ANONYMOUS {
-                        prop_assert_eq!(verdict, Verdict::Deny);
-                    }
+    let addrs: Vec<IpAddr> = ADDRS.iter().map(|addr| addr.parse().unwrap()).collect();
+    let known = numbers.iter().map(|(identity, number)| (*number, Peer::Workload(identity)));
+    let ends: Vec<_> = known.chain([(ANONYMOUS, Peer::Anonymous), (NODE, Peer::Node)]).collect();
+    for (to, destination) in &ends {
+        for (protocol, port) in ASKED {
+            if let (Peer::Workload(identity), 6) = (destination, protocol) {
+                let mode = policy::mode(tables, 0, *to, *port);
+                prop_assert_eq!(
+                    mode,
+                    model.modes(identity).at(*port).0,
+                    "mode of {} port {}",
+                    identity,
+                    port
+                );
+            }
+            for (from, source) in &ends {
+                // Every address of the source with one of the destination, and the other way round.
+                let pairs = (0..addrs.len()).flat_map(|at| [(at, at + *from as usize + 1), ((at + 5), at)]);
+                for (source_addr, destination_addr) in pairs {
+                    let source_addr = addrs[source_addr % addrs.len()];
+                    let destination_addr = addrs[destination_addr % addrs.len()];
+                    let (source, destination) = (*source, *destination);
+                    let (protocol, port) = (*protocol, *port);
+                    let flow = Flow { source, source_addr, destination, destination_addr, protocol, port };
+                    same(model, tables, &flow, *from, *to)?;
                     flows += 1;
                 }
             }
@@ -244,35 +457,92 @@ fn agree(model: &Model, tables: &Tables, numbers: &compile::Numbers) -> Result<u
     Ok(flows)
 }
 
-fn numbers(model: &Model) -> compile::Numbers {
-    let identities = model.identities();
-    identities
-        .into_iter()
-        .enumerate()
-        .map(|(index, identity)| (identity, FIRST_WORKLOAD + index as u32))
-        .collect::<BTreeMap<Arc<_>, _>>()
+fn same(
+    model: &Model,
+    tables: &Tables,
+    flow: &Flow<'_>,
+    source: u32,
+    destination: u32,
+) -> Result<(), TestCaseError> {
+    let expected = model.eval(flow);
+    let (source_addr, destination_addr) = (cidr::addr(flow.source_addr), cidr::addr(flow.destination_addr));
+    let (protocol, port) = (flow.protocol, flow.port);
+    let got = policy::decide(
+        tables,
+        &Access { source, source_addr, destination, destination_addr, protocol, port },
+    );
+    let verdict = match got.verdict {
+        policy::ALLOW => Verdict::Allow,
+        policy::HTTP => Verdict::Http,
+        _ => Verdict::Deny,
+    };
+    prop_assert_eq!(verdict, expected.verdict, "{:?}: {:?}", flow, expected);
+    prop_assert_eq!(tables.rule(got.rule), expected.rule.as_ref(), "{:?}", flow);
+    prop_assert_eq!(expected.remedy.is_none(), verdict == Verdict::Allow);
+    if source == ANONYMOUS && destination >= FIRST_WORKLOAD && protocol == 6 {
+        let strict = policy::mode(tables, 0, destination, port) == Mode::Strict;
+        prop_assert!(!strict || verdict == Verdict::Deny);
+    }
+    Ok(())
+}
+
+fn check(objects: &[String], default_deny: bool) -> Result<usize, TestCaseError> {
+    let model = model_of(objects, default_deny);
+    let numbers = numbers(&model);
+    agree(&model, &compile(&model, &numbers), &numbers)
+}
+
+/// Worlds that are tried: a few million flows.
+const CASES: u32 = 800;
+
+/// Where counter-examples stay, shrunk, to be tried for ever.
+fn kept() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/agree")
 }
 
 #[test]
 fn the_evaluator_and_the_kernels_decision_agree() {
     let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
-        cases: 300,
+        cases: CASES,
         failure_persistence: None,
         ..ProptestConfig::default()
     });
-    let flows = std::cell::Cell::new(0);
-    let result = runner.run(&world(), |(text, default_deny)| {
-        let mut store = ObjectStore::new();
-        store.apply("world.yaml", &text);
-        let model = store.model(Settings { default_deny, ..Settings::default() });
-        let numbers = numbers(&model);
-        let tables = compile(&model, &numbers);
-        flows.set(flows.get() + agree(&model, &tables, &numbers)?);
+    let (flows, refused, policies) =
+        (std::cell::Cell::new(0), std::cell::Cell::new(0), std::cell::Cell::new(0));
+    let result = runner.run(&world(), |(objects, default_deny)| {
+        let model = model_of(&objects, default_deny);
+        refused.set(refused.get() + model.blocked().len());
+        policies.set(policies.get() + model.network_policies().len() + model.authorization_policies().len());
+        flows.set(flows.get() + check(&objects, default_deny)?);
         Ok(())
     });
-    if let Err(error) = result {
-        panic!("{error}");
+    if let Err(proptest::test_runner::TestError::Fail(why, (objects, default_deny))) = &result {
+        let mode = if *default_deny { "# --default-deny\n" } else { "" };
+        let text = format!("{mode}{}", objects.join("---\n"));
+        let name = format!(
+            "{:016x}.yaml",
+            text.bytes().fold(0u64, |h, b| h.wrapping_mul(31).wrapping_add(b.into()))
+        );
+        let path = kept().join(name);
+        let stored = std::fs::create_dir_all(kept()).and_then(|()| std::fs::write(&path, &text));
+        panic!(
+            "{why}\n{text}\n{}",
+            stored.map_or_else(|e| e.to_string(), |()| format!("kept in {}", path.display()))
+        );
     }
-    println!("{} flows", flows.get());
-    assert!(flows.get() > 20_000, "only {} flows were tried", flows.get());
+    result.unwrap();
+    println!("{} flows, {} policies, {} refused", flows.get(), policies.get(), refused.get());
+    assert!(flows.get() > 1_000_000, "only {} flows were tried", flows.get());
+    assert!(refused.get() * 5 < policies.get(), "the generator writes too much nonsense");
+}
+
+#[test]
+fn counter_examples_of_the_past_agree() {
+    let Ok(entries) = std::fs::read_dir(kept()) else { return };
+    for entry in entries {
+        let path = entry.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let result = check(std::slice::from_ref(&text), text.starts_with("# --default-deny"));
+        assert!(result.is_ok(), "{}: {result:?}", path.display());
+    }
 }

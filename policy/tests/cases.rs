@@ -56,8 +56,10 @@ fn flow(title: &str, world: &str, default_deny: bool, line: &str) {
     let (from, addr) = from.split_once(" @ ").unwrap_or((from, "10.0.0.9"));
     let (to, port) = to.split_once(':').unwrap();
     let ((namespace, name), port) = (to.split_once('/').unwrap(), port.parse().unwrap());
-    let caller =
-        from.split_once('/').map(|(namespace, account)| SpiffeId::new("cluster.local", namespace, account));
+    let caller = from.split_once('/').map(|(namespace, account)| Identity {
+        spiffe: SpiffeId::new("cluster.local", namespace, account),
+        labels: Default::default(),
+    });
 
     let mut store = ObjectStore::new();
     store.apply("case.yaml", world);
@@ -65,11 +67,19 @@ fn flow(title: &str, world: &str, default_deny: bool, line: &str) {
     let destination = &*model.workload(namespace, name).unwrap().identity;
     let source = match (from, &caller) {
         ("node", _) => Peer::Node,
-        (_, Some(id)) => Peer::Workload(id),
+        (_, Some(caller)) => Peer::Workload(caller),
         _ => Peer::Anonymous,
     };
     let source_addr = addr.parse().unwrap();
-    let decision = model.eval(&Flow { source, source_addr, destination, port });
+    let destination_addr = model.workload(namespace, name).unwrap().addresses[0];
+    let decision = model.eval_ingress(&Flow {
+        source,
+        source_addr,
+        destination: Peer::Workload(destination),
+        destination_addr,
+        protocol: 6,
+        port,
+    });
     let rule = decision.rule.as_ref().map(|rule| format!(", {rule}")).unwrap_or_default();
     let verdict = match decision.verdict {
         Verdict::Allow => "allow",
@@ -87,16 +97,21 @@ fn flow(title: &str, world: &str, default_deny: bool, line: &str) {
         .map(|(i, identity)| (identity, FIRST_WORKLOAD + i as u32))
         .collect();
     let mut source_number = if source == Peer::Node { NODE } else { ANONYMOUS };
-    if let Some(spiffe) = caller.clone() {
+    if let Some(caller) = caller.clone() {
         source_number = 1000;
-        numbers.insert(Identity { spiffe, labels: Default::default() }.into(), source_number);
+        numbers.insert(caller.into(), source_number);
     }
     let tables = compile(&model, &numbers);
     let destination = numbers[destination];
-    let value = policy::decide(
-        &tables,
-        &Access { source: source_number, source_addr: cidr::addr(source_addr), destination, port },
-    );
+    let access = Access {
+        source: source_number,
+        source_addr: cidr::addr(source_addr),
+        destination,
+        destination_addr: cidr::addr(destination_addr),
+        protocol: 6,
+        port,
+    };
+    let value = policy::ingress(&tables, 0, &access);
     let got = match value.verdict {
         policy::ALLOW => "allow",
         policy::HTTP => "http",

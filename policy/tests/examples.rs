@@ -29,9 +29,11 @@ fn demo_allows_three_pairs_and_no_other() {
         for from in pods.into_iter().filter(|from| *from != to) {
             let source = model.workload("shop", from).unwrap();
             let flow = Flow {
-                source: Peer::Workload(&source.identity.spiffe),
+                source: Peer::Workload(&source.identity),
                 source_addr: source.addresses[0],
-                destination: &destination.identity,
+                destination: Peer::Workload(&destination.identity),
+                destination_addr: destination.addresses[0],
+                protocol: 6,
                 port,
             };
             let expected = if allowed.contains(&from) { Verdict::Allow } else { Verdict::Deny };

@@ -31,8 +31,10 @@ status: {podIP: 10.0.0.2}
 fn verdict(model: &Model, namespace: &str, source: Option<(&str, &str)>, port: u16) -> Verdict {
     let destination = &model.workload(namespace, "server").unwrap().identity;
     let id = source.map(|(namespace, account)| SpiffeId::new("cluster.local", namespace, account));
-    let source = id.as_ref().map_or(Peer::Anonymous, Peer::Workload);
-    model.eval(&Flow { source, source_addr: "10.0.0.9".parse().unwrap(), destination, port }).verdict
+    let source = id.as_ref().map_or(Peer::Anonymous, Peer::Certified);
+    let source_addr = "10.0.0.9".parse().unwrap();
+    let (destination, destination_addr) = (Peer::Workload(destination), "10.0.0.1".parse().unwrap());
+    model.eval(&Flow { source, source_addr, destination, destination_addr, protocol: 6, port }).verdict
 }
 
 #[test]

@@ -27,9 +27,10 @@ fn policy(name: &str, spec: &str) -> String {
 }
 
 fn verdict(model: &Model, namespace: &str, name: &str, port: u16) -> Verdict {
-    let destination = &model.workload(namespace, name).unwrap().identity;
-    let source_addr = "10.9.9.9".parse().unwrap();
-    model.eval(&Flow { source: Peer::Anonymous, source_addr, destination, port }).verdict
+    let workload = model.workload(namespace, name).unwrap();
+    let (destination, destination_addr) = (Peer::Workload(&workload.identity), workload.addresses[0]);
+    let (source, source_addr) = (Peer::Anonymous, "10.9.9.9".parse().unwrap());
+    model.eval(&Flow { source, source_addr, destination, destination_addr, protocol: 6, port }).verdict
 }
 
 /// Verdicts for default/web, default/db and prod/api at port 80.

@@ -64,8 +64,16 @@ fn explain(args: &ExplainArgs) -> Result<u8, Failure> {
             args.from
         )));
     };
-    let source = if from.enrolled { Peer::Workload(&from.identity.spiffe) } else { Peer::Anonymous };
-    let flow = Flow { source, source_addr, destination: &to.identity, port: args.port };
+    let source = if from.enrolled { Peer::Workload(&from.identity) } else { Peer::Anonymous };
+    let Some(destination_addr) = to.addresses.first().copied() else {
+        return Err(Failure::usage(anyhow::anyhow!(
+            "{} has no address of its own; see `weft policy check`",
+            args.to
+        )));
+    };
+    let destination = if to.enrolled { Peer::Workload(&to.identity) } else { Peer::Anonymous };
+    let port = args.port;
+    let flow = Flow { source, source_addr, destination, destination_addr, protocol: 6, port };
     let decision = model.eval(&flow);
     let allowed = decision.verdict == Verdict::Allow;
     let rule = decision.rule.as_ref().map(ToString::to_string);

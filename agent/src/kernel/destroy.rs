@@ -65,8 +65,8 @@ pub fn cut_revoked(maps: &Maps, enrolled: &[Enrolled]) -> Result<Vec<Cut>> {
     Ok(cuts)
 }
 
-/// Source, its address, destination, port.
-type Question = (u32, Addr, u32, u16);
+/// Is it asked of the source; source, its address, destination, its address, port.
+type Question = (bool, u32, Addr, u32, Addr, u16);
 
 /// Judges flows as TC does, remembering the answers: many flows ask the same.
 struct Judge<'a> {
@@ -80,28 +80,37 @@ impl Judge<'_> {
         if key.protocol != u32::from(TCP) || key.own_port == TUNNEL_PORT || key.peer_port == TUNNEL_PORT {
             return None;
         }
-        if state.origin != IN {
-            return self.outgoing(key);
+        let outward = state.origin != IN;
+        if outward && self.unreachable(key) {
+            return Some(0);
         }
-        let access =
-            Access { source: state.peer, source_addr: key.peer, destination: state.own, port: key.own_port };
-        let question = (access.source, access.source_addr, access.destination, access.port);
-        let value = self.known.entry(question).or_insert_with(|| policy::decide(&self.tables, &access));
+        let (source_addr, destination_addr) = if outward { (key.own, key.peer) } else { (key.peer, key.own) };
+        let (source, destination, port) = if outward {
+            (state.own, policy::party(&self.tables, &key.peer), key.peer_port)
+        } else {
+            (state.peer, state.own, key.own_port)
+        };
+        let access = Access { source, source_addr, destination, destination_addr, protocol: TCP, port };
+        let question = (outward, source, source_addr, destination, destination_addr, port);
+        let (tables, bank) = (&self.tables, self.tables.revision() & 1);
+        let value = self.known.entry(question).or_insert_with(|| match outward {
+            true => policy::egress(tables, bank, &access),
+            false => policy::ingress(tables, bank, &access),
+        });
         (value.verdict != ALLOW).then_some(value.rule)
     }
 
     /// At its own veth a flow is refused when it goes in clear where it must not. What its receiver on this node
     /// thinks of it is asked at the receiver's entry.
-    fn outgoing(&self, key: &FlowKey) -> Option<u32> {
+    fn unreachable(&self, key: &FlowKey) -> bool {
         let bank = self.tables.revision() & 1;
-        let refused = match self.tables.endpoint(&key.peer) {
+        match self.tables.endpoint(&key.peer) {
             Some(endpoint) => {
                 endpoint.ifindex == 0
                     && policy::mode(&self.tables, bank, endpoint.identity, key.peer_port) == Mode::Strict
             }
             None => self.tables.inside(&key.peer),
-        };
-        refused.then_some(0)
+        }
     }
 }
 

@@ -61,6 +61,10 @@ impl Tables for KernelTables<'_> {
         self.maps.inside.lookup(&Prefix { bits: 128, data: *addr }).map_or(true, |found| found.is_some())
     }
 
+    fn is_node_addr(&self, addr: &Addr) -> bool {
+        self.maps.node_addr.lookup(addr).is_ok_and(|found| found.is_some())
+    }
+
     fn service(&self, key: &ServiceKey) -> Option<Service> {
         self.maps.service.lookup(key).ok()?
     }

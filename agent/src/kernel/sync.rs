@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use weft_datapath::abi::{Addr, CidrKey, ModeKey, PolicyKey, PolicyValue, Shared, Subject, SubjectKey};
 use weft_datapath::names::config;
+use weft_datapath::policy::{PORTS, port_addr};
 use weft_policy::tables::Tables;
 
 use super::error::Result;
@@ -39,11 +40,12 @@ banked!(SubjectKey, ModeKey, PolicyKey);
 
 impl Banked for Prefix<CidrKey> {
     fn bank(&self) -> u32 {
-        u32::from_be_bytes(self.data.bank_be)
+        u32::from_be_bytes(self.data.bank_be) & !PORTS
     }
 
     fn in_bank(self, bank: u32) -> Self {
-        Prefix { data: CidrKey { bank_be: bank.to_be_bytes(), ..self.data }, ..self }
+        let kind = u32::from_be_bytes(self.data.bank_be) & PORTS;
+        Prefix { data: CidrKey { bank_be: (kind | bank).to_be_bytes(), ..self.data }, ..self }
     }
 }
 
@@ -53,7 +55,7 @@ pub struct PolicySet {
     pub subjects: BTreeMap<SubjectKey, Subject>,
     pub modes: BTreeMap<ModeKey, u32>,
     pub policies: BTreeMap<PolicyKey, PolicyValue>,
-    /// The prefix covers the bank and then the address.
+    /// The prefix covers the bank and then the address or port.
     pub classes: BTreeMap<Prefix<CidrKey>, u32>,
 }
 
@@ -129,11 +131,16 @@ impl From<&Tables> for PolicySet {
             bits: BANK_BITS + u32::from(*bits),
             data: CidrKey { bank_be: [0; 4], addr: *addr },
         };
+        let range = |(port, bits): &(u16, u8)| Prefix {
+            bits: BANK_BITS + u32::from(*bits),
+            data: CidrKey { bank_be: PORTS.to_be_bytes(), addr: port_addr(*port) },
+        };
+        let classes = tables.cidrs.iter().map(|(key, number)| (class(key), *number));
         PolicySet {
             subjects: tables.subjects.clone(),
             modes: tables.modes.clone(),
             policies: tables.policies.clone(),
-            classes: tables.cidrs.iter().map(|(key, number)| (class(key), *number)).collect(),
+            classes: classes.chain(tables.ranges.iter().map(|(key, number)| (range(key), *number))).collect(),
         }
     }
 }
@@ -174,11 +181,15 @@ mod tests {
 
     #[test]
     fn keys_move_between_banks() {
-        let key = PolicyKey { bank: 0, destination: 7, source: 8, class: 0, port: 80, pad: 0 };
+        let key = PolicyKey { subject: 7, peer: 8, port: 80, ..PolicyKey::default() };
         assert_eq!(key.in_bank(1).bank(), 1);
         assert_eq!(key.in_bank(1).in_bank(0), key);
         let class = Prefix { bits: 32 + 104, data: CidrKey { bank_be: [0; 4], addr: [9; 16] } };
         assert_eq!(class.in_bank(1).bank(), 1);
         assert_eq!(class.in_bank(1).data.bank_be, [0, 0, 0, 1]);
+        let range =
+            Prefix { bits: 32 + 4, data: CidrKey { bank_be: PORTS.to_be_bytes(), addr: port_addr(0x8000) } };
+        assert_eq!((range.bank(), range.in_bank(1).bank()), (0, 1));
+        assert_eq!(range.in_bank(1).data.bank_be, [0x80, 0, 0, 1]);
     }
 }

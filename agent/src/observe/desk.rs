@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use weft_datapath::abi::{ABI, ServiceKey, TcpStats};
 use weft_datapath::names::config;
 use weft_datapath::service::LEAST_CONNECTIONS;
+use weft_policy::model::Direction;
 use weft_policy::model::cidr::ip;
 use weft_policy::{Identity, Severity};
 
@@ -353,7 +354,10 @@ fn policies(snapshot: &Snapshot) -> Vec<PolicyRow> {
             rules: 0,
             selects: identities
                 .iter()
-                .filter(|identity| model.blocked_by(identity).is_some_and(|b| b.origin == blocked.origin))
+                .filter(|identity| {
+                    let by = model.blocked_by(identity, Direction::Ingress);
+                    by.is_some_and(|b| b.origin == blocked.origin)
+                })
                 .count(),
             file: format!("{}:{}", blocked.origin.file, blocked.origin.line),
         });

@@ -6,10 +6,12 @@ use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 use weft_datapath::abi::Event;
+use weft_datapath::connect::TCP;
 use weft_datapath::event;
 use weft_datapath::identity::{ANONYMOUS, NODE};
 use weft_datapath::reason::Reason as Drop;
 use weft_policy::model::cidr::ip;
+use weft_policy::model::layer::icmp_port;
 use weft_policy::{Decision, Flow, Peer, RuleRef};
 
 use super::events::{Bytes, EventLog, FlowEvent, Party, rfc3339};
@@ -61,7 +63,8 @@ impl Recorder {
             ..FlowEvent::default()
         };
         name_rule(&snapshot, &mut flow, cut.rule);
-        flow.detail = explain(&snapshot, cut.source, cut.client.ip(), cut.destination, cut.server.port());
+        let ends = ((cut.source, cut.client.ip()), (cut.destination, cut.server.ip()));
+        flow.detail = explain(&snapshot, ends, TCP, cut.server.port());
         if !flow.policy.is_empty() {
             self.metrics.policy_denial(&flow.policy, 1);
         }
@@ -125,6 +128,7 @@ impl proxy::Recorder for Recorder {
                 source: &event.source,
                 source_addr: event.client.ip(),
                 destination: &event.destination,
+                destination_addr: event.target.ip(),
                 port: event.target.port(),
             };
             if let Ok(Decision { rule: Some(rule), .. }) = snapshot.decide(&access) {
@@ -193,7 +197,8 @@ fn describe(snapshot: &Snapshot, event: &Event) -> FlowEvent {
     flow.reason = reason.name().into();
     if reason == Drop::Policy {
         name_rule(snapshot, &mut flow, event.rule);
-        flow.detail = explain(snapshot, event.source, src.ip(), event.destination, event.dst_port);
+        let ends = ((event.source, src.ip()), (event.destination, dst.ip()));
+        flow.detail = explain(snapshot, ends, event.protocol, event.dst_port);
     } else {
         flow.detail = advice(reason).into();
     }
@@ -209,25 +214,30 @@ fn name_rule(snapshot: &Snapshot, flow: &mut FlowEvent, rule: u32) {
 fn set_rule(flow: &mut FlowEvent, rule: &RuleRef) {
     flow.policy = rule.object.to_string();
     flow.rule = match rule.index {
-        Some(index) => format!("rules[{index}] ({})", rule.action.name()),
+        Some(index) => format!("{}[{index}] ({})", rule.list.name(), rule.action.name()),
         None => rule.action.name().into(),
     };
 }
 
 /// What the policy says, and what would have allowed it.
-fn explain(snapshot: &Snapshot, source: u32, source_addr: IpAddr, destination: u32, port: u16) -> String {
-    let Some(identity) = snapshot.names.identity(destination) else {
+fn explain(snapshot: &Snapshot, ends: ((u32, IpAddr), (u32, IpAddr)), protocol: u8, port: u16) -> String {
+    let ((source, source_addr), (destination, destination_addr)) = ends;
+    let peer = |number: u32| match number {
+        NODE => Some(Peer::Node),
+        ANONYMOUS => Some(Peer::Anonymous),
+        number => snapshot.names.identity(number).map(|identity| Peer::Workload(identity)),
+    };
+    let (Some(source), Some(destination)) = (peer(source), peer(destination)) else {
         return "no workload of the manifests has this identity any more".into();
     };
-    let peer = match source {
-        ANONYMOUS => Peer::Anonymous,
-        NODE => Peer::Node,
-        number => snapshot
-            .names
-            .identity(number)
-            .map_or(Peer::Anonymous, |identity| Peer::Workload(&identity.spiffe)),
+    // Of ICMP only echo requests begin flows.
+    let (protocol, port) = match (protocol, destination_addr) {
+        (1, IpAddr::V4(_)) => (1, icmp_port(8)),
+        (1, IpAddr::V6(_)) => (58, icmp_port(128)),
+        _ => (protocol, port),
     };
-    let decision = snapshot.model.eval(&Flow { source: peer, source_addr, destination: identity, port });
+    let decision =
+        snapshot.model.eval(&Flow { source, source_addr, destination, destination_addr, protocol, port });
     match (decision.verdict, decision.remedy) {
         // The tables were older than the manifests by now are.
         (weft_policy::Verdict::Allow, _) => {
@@ -342,7 +352,7 @@ mod tests {
             protocol: 6,
             hook: event::TO_WORKLOAD,
             reason: Drop::Policy as u8,
-            rule: 1,
+            rule: *snapshot.tables.rules.keys().next().expect("the policy's rule"),
             ..Event::default()
         };
         let flow = describe(&snapshot, &event);

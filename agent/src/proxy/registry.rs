@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::Notify;
 
 use super::record::{ConnectionEvent, Happening, Reason, ReasonKind, Recorder, Reporter};
-use super::view::{Access, View, Workload};
+use super::view::{Access, Verdict, View, Workload};
 use crate::identity::SpiffeId;
 
 /// A connection that the proxy carries.
@@ -56,21 +56,23 @@ pub(super) struct Facts {
 impl Connection {
     /// May this connection be, as `view` knows the world? The reason if not.
     ///
-    /// Where the server is, policy decides. Where the client is, the address must still belong to the workload that the
-    /// tunnel was opened to; its own agent decides about policy.
+    /// Where the server is, its ingress policy decides. Where the client is, its egress policy, and the address must still
+    /// belong to the workload that the tunnel was opened to.
     pub fn check(&self, view: &dyn View) -> Result<(), Reason> {
+        let access = Access {
+            source: &self.source,
+            source_addr: self.client.ip(),
+            destination: &self.destination,
+            destination_addr: self.target.ip(),
+            port: self.target.port(),
+        };
+        let judged = |verdict: Verdict| {
+            if verdict.allowed { Ok(()) } else { Err(Reason::new(ReasonKind::Policy, verdict.by)) }
+        };
         match self.reporter {
-            Reporter::Destination => {
-                let verdict = view.check(&Access {
-                    source: &self.source,
-                    source_addr: self.client.ip(),
-                    destination: &self.destination,
-                    port: self.target.port(),
-                });
-                if verdict.allowed { Ok(()) } else { Err(Reason::new(ReasonKind::Policy, verdict.by)) }
-            }
+            Reporter::Destination => judged(view.check(&access)),
             Reporter::Source => match view.workload(self.target.ip()) {
-                Some(now) if now.identity == self.destination.identity => Ok(()),
+                Some(now) if now.identity == self.destination.identity => judged(view.check_egress(&access)),
                 Some(now) => Err(Reason::new(
                     ReasonKind::UnknownDestination,
                     format!("{} now belongs to {}", self.target.ip(), now.identity),

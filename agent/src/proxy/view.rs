@@ -41,6 +41,8 @@ pub struct Access<'a> {
     pub source_addr: IpAddr,
     /// The workload asked for.
     pub destination: &'a Workload,
+    /// Its address, as asked for.
+    pub destination_addr: IpAddr,
     /// Its port.
     pub port: u16,
 }
@@ -58,6 +60,8 @@ pub struct Verdict {
 pub trait View: Send + Sync + 'static {
     /// The workload that owns an address.
     fn workload(&self, addr: IpAddr) -> Option<Arc<Workload>>;
-    /// Does policy allow it? Unknown destinations are denied.
+    /// Does the destination's policy allow it? Unknown destinations are denied.
     fn check(&self, access: &Access<'_>) -> Verdict;
+    /// Does the policy of the source, a workload of this node, let it begin this? Unknown sources are denied.
+    fn check_egress(&self, access: &Access<'_>) -> Verdict;
 }

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use weft_datapath::connect::TCP;
 use weft_policy::{Decision, Flow, Peer, SpiffeId};
 
 use super::Snapshot;
@@ -14,21 +15,41 @@ impl View for Snapshot {
     }
 
     fn check(&self, access: &Access<'_>) -> Verdict {
-        let decision = match self.decide(access) {
-            Ok(decision) => decision,
-            Err(why) => return Verdict { allowed: false, by: why.into() },
-        };
-        let by = match decision.remedy {
-            Some(remedy) => format!("{}; {remedy}", decision.reason),
-            None => decision.reason,
-        };
-        Verdict { allowed: decision.verdict == weft_policy::Verdict::Allow, by: by.into() }
+        verdict(self.decide(access))
+    }
+
+    fn check_egress(&self, access: &Access<'_>) -> Verdict {
+        let own = self.by_address.get(&access.source_addr.to_canonical());
+        if own.is_none_or(|own| own.identity != *access.source) {
+            return verdict(Err(format!(
+                "{} is not the address of {} any more",
+                access.source_addr, access.source
+            )));
+        }
+        verdict(self.flow(access, |flow| self.model.eval_egress(flow)))
     }
 }
 
+fn verdict(decision: Result<Decision, String>) -> Verdict {
+    let decision = match decision {
+        Ok(decision) => decision,
+        Err(why) => return Verdict { allowed: false, by: why.into() },
+    };
+    let by = match decision.remedy {
+        Some(remedy) => format!("{}; {remedy}", decision.reason),
+        None => decision.reason,
+    };
+    Verdict { allowed: decision.verdict == weft_policy::Verdict::Allow, by: by.into() }
+}
+
 impl Snapshot {
-    /// What policy says of an access through the tunnel; an error where the destination is not what was asked for.
+    /// What the destination's policy says of an access through the tunnel; an error where the destination is not what
+    /// was asked for.
     pub fn decide(&self, access: &Access<'_>) -> Result<Decision, String> {
+        self.flow(access, |flow| self.model.eval_ingress(flow))
+    }
+
+    fn flow(&self, access: &Access<'_>, ask: impl FnOnce(&Flow<'_>) -> Decision) -> Result<Decision, String> {
         let destination = access.destination;
         let Some(known) = self.model.workload(&destination.namespace, &destination.name) else {
             return Err(format!("{} is no workload any more", destination.full_name()));
@@ -38,10 +59,12 @@ impl Snapshot {
         }
         let id = access.source;
         let source = SpiffeId::new(id.trust_domain(), id.namespace(), id.service_account());
-        Ok(self.model.eval(&Flow {
-            source: Peer::Workload(&source),
+        Ok(ask(&Flow {
+            source: Peer::Certified(&source),
             source_addr: access.source_addr,
-            destination: &known.identity,
+            destination: Peer::Workload(&known.identity),
+            destination_addr: access.destination_addr,
+            protocol: TCP,
             port: access.port,
         }))
     }
@@ -59,7 +82,10 @@ mod tests {
         let allowed = |source: &str, port: u16| {
             let source = source.parse().expect("a SPIFFE ID");
             let source_addr = "10.0.0.1".parse().expect("an address");
-            snapshot.check(&Access { source: &source, source_addr, destination: &db, port }).allowed
+            let destination_addr = db.addresses[0];
+            snapshot
+                .check(&Access { source: &source, source_addr, destination: &db, destination_addr, port })
+                .allowed
         };
         assert!(allowed("spiffe://cluster.local/ns/shop/sa/web", 5433));
         assert!(!allowed("spiffe://cluster.local/ns/shop/sa/web", 5432));
@@ -73,7 +99,8 @@ mod tests {
         let db = before.workload("10.0.1.1".parse().expect("an address")).expect("known");
         let source = "spiffe://cluster.local/ns/shop/sa/web".parse().expect("a SPIFFE ID");
         let source_addr = "10.0.0.1".parse().expect("an address");
-        let access = Access { source: &source, source_addr, destination: &db, port: 5433 };
+        let destination_addr = db.addresses[0];
+        let access = Access { source: &source, source_addr, destination: &db, destination_addr, port: 5433 };
         assert!(before.check(&access).allowed);
         assert!(!Snapshot::empty().check(&access).allowed);
         let after = snapshot(&MESH.replace("serviceAccountName: db", "serviceAccountName: other"));

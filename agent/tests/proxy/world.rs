@@ -63,6 +63,8 @@ impl Datapath for Maps {
 pub(crate) struct Knowledge {
     pub(crate) workloads: Vec<Arc<Workload>>,
     pub(crate) denied: Vec<(SpiffeId, u16)>,
+    /// Ports that nobody's egress policy allows.
+    pub(crate) kept_in: Vec<u16>,
 }
 
 impl View for Knowledge {
@@ -76,6 +78,10 @@ impl View for Knowledge {
             workload.addresses.contains(&access.source_addr) && workload.identity == *access.source
         });
         Verdict { allowed: known && !denied, by: if denied { "rule 7" } else { "default" }.into() }
+    }
+
+    fn check_egress(&self, access: &Access<'_>) -> Verdict {
+        Verdict { allowed: !self.kept_in.contains(&access.port), by: "rule 8".into() }
     }
 }
 
@@ -196,6 +202,7 @@ impl World {
         let knowledge = Knowledge {
             workloads: vec![client.workload.clone(), server.workload.clone()],
             denied: Vec::new(),
+            kept_in: Vec::new(),
         };
         let (sender, view) = watch::channel(Arc::new(knowledge) as Arc<dyn View>);
         let (maps, records) = (Arc::new(Maps::default()), Arc::new(Records::default()));
@@ -215,6 +222,7 @@ impl World {
         Knowledge {
             workloads: vec![self.client.workload.clone(), self.server.workload.clone()],
             denied: Vec::new(),
+            kept_in: Vec::new(),
         }
     }
 

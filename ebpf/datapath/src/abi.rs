@@ -44,20 +44,22 @@ pub const UDP_PEERS: usize = 4;
 pub type Addr = [u8; 16];
 
 shared! {
-    /// Key of `weft_policy`: may `source` reach `port` of `destination`?
+    /// Key of `weft_policy`: what does `subject` say to flows from or to `peer`?
     PolicyKey = 20 {
         /// Low bit of the policy revision: which of the two banks this entry belongs to.
         bank: u32,
-        /// Identity number of the destination.
-        destination: u32,
-        /// Identity number of the source, or one of the constants in [`crate::identity`].
-        source: u32,
-        /// Class of the source address in `weft_cidr`; 0 where no rule of the destination names a CIDR.
+        /// Identity number of the workload whose policy this is.
+        subject: u32,
+        /// Identity number of the other end, or one of the constants in [`crate::identity`].
+        peer: u32,
+        /// Class of the peer's address in `weft_cidr`; 0 for addresses that the subject's policies do not tell apart.
         class: u32,
-        /// Destination port, 0 for any port.
+        /// Destination port, or the number of a range of them; 0 for any.
         port: u16,
-        /// Zero.
-        pad: u16,
+        /// IP protocol number; 0 for any.
+        protocol: u8,
+        /// Bit set of [`crate::policy::OUTWARD`], [`crate::policy::RANGE`].
+        kind: u8,
     }
     /// Value of `weft_policy`.
     PolicyValue = 8 {
@@ -66,18 +68,19 @@ shared! {
         /// Number of the rule that decided, for events and `weft policy explain`; 0 for a default.
         rule: u32,
     }
-    /// Key of `weft_subject`: one per identity that any policy may name as destination.
+    /// Key of `weft_subject`: one per workload identity.
     SubjectKey = 8 { bank: u32, identity: u32 }
-    /// Value of `weft_subject`: what the datapath must know about a destination before it asks for a verdict.
+    /// Value of `weft_subject`: what the datapath must know about a workload before it asks for a verdict.
     Subject = 8 {
-        /// Bit set of [`crate::policy::BY_CLASS`], [`crate::policy::PORT_MODES`].
+        /// Bit set of [`crate::policy::BY_CLASS`] and its neighbours.
         flags: u32,
         /// mTLS mode of ports without one of their own: [`crate::policy::Mode`] as u32.
         mode: u32,
     }
     /// Key of `weft_mode`: the mTLS mode of one port, where it differs from the subject's.
     ModeKey = 12 { bank: u32, identity: u32, port: u16, pad: u16 }
-    /// Key of `weft_cidr` behind the prefix length: bank in network order, then address.
+    /// Key of `weft_cidr` behind the prefix length: bank in network order, then address. With [`crate::policy::PORTS`] in
+    /// the bank the address is a port, and the class the number of a range.
     CidrKey = 20 { bank_be: [u8; 4], addr: Addr }
     /// Value of `weft_endpoint`, keyed by address: the workload that owns it. A hint for remote workloads, never
     /// proof of who sent a packet.

@@ -54,22 +54,38 @@ pub struct Plan {
     pub service: u32,
     /// The rule behind a refusal by policy.
     pub rule: u32,
+    /// Is there a question for policy?
+    asks: bool,
+    /// Does it end at another workload of this node?
+    here: bool,
 }
 
 /// Decides for a caller whose network namespace is enrolled as `caller`. `pick` chooses a slot below `service.count`.
-#[cfg_attr(target_arch = "bpf", inline(never))]
+#[inline(always)]
 pub fn decide<T: Tables>(
     tables: &T,
     caller: &Netns,
     dial: &Dial,
     pick: impl FnOnce(&Service) -> u32,
 ) -> Plan {
+    let mut plan = route(tables, caller, dial, pick);
+    if plan.asks {
+        refuse(tables, caller, dial.protocol, &mut plan);
+    }
+    plan
+}
+
+/// Where the flow would go. One of two steps, called in turn, so that their frames do not add up on the small stack.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn route<T: Tables>(tables: &T, caller: &Netns, dial: &Dial, pick: impl FnOnce(&Service) -> u32) -> Plan {
     let mut plan = Plan {
         action: Action::Pass,
         backend: Backend { addr: dial.dst, port: dial.port, pad: 0 },
         destination: 0,
         service: 0,
         rule: 0,
+        asks: false,
+        here: false,
     };
     if is_loopback(&dial.dst) || is_unspecified(&dial.dst) {
         if dial.protocol == TCP && is_agent_port(dial.port) {
@@ -92,49 +108,62 @@ pub fn decide<T: Tables>(
         plan.backend = backend;
         plan.action = Action::Direct;
     }
-    let Some(endpoint) = tables.endpoint(&plan.backend.addr) else {
-        if tables.inside(&plan.backend.addr) {
-            plan.action = Action::Refuse(Reason::UnknownInside);
+    let endpoint = tables.endpoint(&plan.backend.addr);
+    let ifindex = match endpoint {
+        Some(endpoint) => {
+            plan.destination = endpoint.identity;
+            if endpoint.ifindex == caller.ifindex {
+                return plan; // To itself: never leaves the namespace.
+            }
+            endpoint.ifindex
         }
-        return plan;
+        None if tables.inside(&plan.backend.addr) => {
+            plan.action = Action::Refuse(Reason::UnknownInside);
+            return plan;
+        }
+        None => 0,
     };
-    plan.destination = endpoint.identity;
-    if endpoint.ifindex == caller.ifindex {
-        return plan; // To itself: never leaves the namespace.
-    }
     // A datagram to an address may be an answer, which only TC can tell from a question: it tracks the flow.
     if dial.protocol == UDP && plan.service == 0 {
         return plan;
     }
-    plan.action = if endpoint.ifindex != 0 {
-        local(tables, caller, &mut plan)
-    } else {
-        remote(tables, dial.protocol, &plan)
-    };
+    plan.asks = true;
+    if ifindex != 0 {
+        plan.here = true;
+        plan.action = Action::Direct;
+    } else if endpoint.is_some() {
+        plan.action = remote(tables, dial.protocol, &plan);
+    }
     plan
 }
 
-/// A workload of this node: the destination's TC program enforces policy. It is asked here first, because a refusal by
-/// errno tells the application at once; rules about source addresses wait for the packet, which has one.
-#[inline(always)]
-fn local<T: Tables>(tables: &T, caller: &Netns, plan: &mut Plan) -> Action {
+/// Refuses what policy refuses. The TC programs enforce it all the same, and the agents what goes through the tunnel; it is asked
+/// here first, because a refusal by errno tells the application at once. Of a workload of another node its agent asks for
+/// ingress, and rules about source addresses wait for the packet, which has one.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn refuse<T: Tables>(tables: &T, caller: &Netns, protocol: u8, plan: &mut Plan) {
     let bank = tables.revision() & 1;
-    let Some(subject) = tables.subject(bank, plan.destination) else { return Action::Refuse(Reason::Policy) };
-    if subject.flags & BY_CLASS != 0 {
-        return Action::Direct;
-    }
+    let addr = plan.backend.addr;
     let access = Access {
         source: caller.identity,
         source_addr: crate::addr::UNSPECIFIED,
-        destination: plan.destination,
+        destination: policy::party(tables, &addr),
+        destination_addr: addr,
+        protocol,
         port: plan.backend.port,
     };
-    let value = policy::decide_in(tables, bank, &access);
+    let mut value = policy::egress(tables, bank, &access);
+    if value.verdict == ALLOW && plan.here {
+        match tables.subject(bank, plan.destination) {
+            Some(subject) if subject.flags & BY_CLASS != 0 => {}
+            _ => value = policy::ingress(tables, bank, &access),
+        }
+    }
     plan.rule = value.rule;
     match value.verdict {
-        ALLOW => Action::Direct,
-        HTTP => Action::Refuse(Reason::NeedsHttp),
-        _ => Action::Refuse(Reason::Policy),
+        ALLOW => {}
+        HTTP => plan.action = Action::Refuse(Reason::NeedsHttp),
+        _ => plan.action = Action::Refuse(Reason::Policy),
     }
 }
 

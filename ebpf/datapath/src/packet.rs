@@ -12,6 +12,7 @@ const IPV6: u16 = 0x86dd;
 const ARP: u16 = 0x0806;
 const ICMP: u8 = 1;
 const ICMPV6: u8 = 58;
+const SCTP: u8 = 132;
 const HOP_BY_HOP: u8 = 0;
 const FRAGMENT: u8 = 44;
 
@@ -43,7 +44,7 @@ pub struct Tuple {
     pub dst: Addr,
     pub src_port: u16,
     pub dst_port: u16,
-    /// TCP, UDP or ICMP (1 for both families; the echo identifier stands for the requester's port, 0 for the other).
+    /// TCP, UDP, SCTP or ICMP (1 for both families; the echo identifier stands for the requester's port, 0 for the other).
     pub protocol: u8,
 }
 
@@ -64,7 +65,7 @@ pub enum Piece {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
-    /// TCP, UDP or ICMP echo.
+    /// TCP, UDP, SCTP or ICMP echo.
     #[default]
     Flow = 0,
     /// An ICMP error; `tuple` is the packet it is about, which its receiver had sent.
@@ -254,7 +255,7 @@ fn neighbour<P: Packet>(packet: &P, hop_limit: u8, parsed: &mut Parsed) -> Resul
     Ok(())
 }
 
-/// TCP, UDP or ICMP at `offset`; `end` is where the IP packet ends.
+/// TCP, UDP, SCTP or ICMP at `offset`; `end` is where the IP packet ends.
 #[inline(always)]
 fn transport<P: Packet>(packet: &P, offset: u32, end: u32, parsed: &mut Parsed) -> Result<(), Reason> {
     let whole = matches!(parsed.piece, Piece::Whole);
@@ -271,7 +272,7 @@ fn transport<P: Packet>(packet: &P, offset: u32, end: u32, parsed: &mut Parsed) 
             parsed.payload = offset + header < end;
             Ok(())
         }
-        UDP => {
+        UDP | SCTP => {
             if !matches!(parsed.piece, Piece::Later) {
                 let head = packet.load::<8>(offset).ok_or(Reason::Malformed)?;
                 parsed.tuple.src_port = u16::from_be_bytes([head[0], head[1]]);

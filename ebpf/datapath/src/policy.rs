@@ -1,11 +1,13 @@
 //! The policy verdict: may this source reach that port of that destination?
 //!
-//! The compiler in `policy/` writes, for each destination identity, one complete row for [`ANY`] source, and further
-//! complete rows for the sources (and address classes) that are treated differently. A row is its any-port entry (port
-//! 0) and the ports that differ from it. So the first row that exists decides, and inside it the exact port wins.
+//! It is asked of both ends: egress of the source's rows, ingress of the destination's. A subject's rows in one direction
+//! are one complete row for [`ANY`] peer, and further complete rows for the peers, and classes of the peer's address, that
+//! are treated differently. The first row that exists decides: (peer, class), (peer, 0), ([`ANY`], class), ([`ANY`], 0).
+//! A row is its entry for everything (protocol 0, port 0) and what differs from it: a port, a range of ports, a protocol.
+//! Inside it the narrowest entry wins. The subject's flags say which of these lookups its rows can answer at all.
 
-use crate::abi::{Addr, PolicyKey, PolicyValue};
-use crate::identity::ANY;
+use crate::abi::{Addr, PolicyKey, PolicyValue, Subject};
+use crate::identity::{ANONYMOUS, ANY, FIRST_WORKLOAD, NODE};
 use crate::tables::Tables;
 
 /// The flow may pass.
@@ -15,10 +17,31 @@ pub const DENY: u32 = 2;
 /// The verdict depends on HTTP: refused unless the flow goes through the HTTP engine.
 pub const HTTP: u32 = 3;
 
-/// Subject flag: verdicts for this destination depend on the class of the source address.
+/// Subject flag: its ingress rows differ by the class of the peer's address.
 pub const BY_CLASS: u32 = 1 << 0;
 /// Subject flag: some port of this destination has an mTLS mode of its own.
 pub const PORT_MODES: u32 = 1 << 1;
+/// Subject flag: its ingress rows name protocols, and ports as those of a protocol; else of any.
+pub const BY_PROTOCOL: u32 = 1 << 2;
+/// Subject flag: its ingress rows name ranges of ports; only with [`BY_PROTOCOL`].
+pub const BY_RANGE: u32 = 1 << 3;
+/// Subject flag: it has egress rows; without them it may reach everything.
+pub const EGRESS: u32 = 1 << 4;
+/// [`BY_CLASS`], [`BY_PROTOCOL`] and [`BY_RANGE`] of egress rows stand this much further left.
+pub const EGRESS_SHIFT: u32 = 8;
+
+/// [`PolicyKey::kind`]: rows of flows that the subject begins; without it, of flows that come to it.
+pub const OUTWARD: u8 = 1 << 0;
+/// [`PolicyKey::kind`]: the port is the number of a range.
+pub const RANGE: u8 = 1 << 1;
+
+/// In place of a bank, together with its number: asks [`Tables::class`] for the range of a port, see [`port_addr`].
+pub const PORTS: u32 = 1 << 31;
+
+/// IP protocol numbers that carry ports.
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+const SCTP: u8 = 132;
 
 /// What a destination port accepts, as Istio's `PeerAuthentication` says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,17 +71,22 @@ impl Mode {
 pub struct Access {
     /// Identity number of the source.
     pub source: u32,
-    /// Address of the source, for rules that name CIDRs.
+    /// Its address, for ingress rules that name CIDRs.
     pub source_addr: Addr,
-    /// Identity number of the destination.
+    /// Identity number of the destination, or what [`party`] says of its address.
     pub destination: u32,
-    /// Destination port; 0 for protocols without ports.
+    /// Its address, for egress rules that name CIDRs.
+    pub destination_addr: Addr,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Destination port. For ICMP the type plus one; 0 for other protocols without ports.
     pub port: u16,
 }
 
+const ALLOWED: PolicyValue = PolicyValue { verdict: ALLOW, rule: 0 };
 const REFUSED: PolicyValue = PolicyValue { verdict: DENY, rule: 0 };
 
-/// The verdict under the current policy revision. A table miss denies with rule 0.
+/// The verdict of both ends under the current policy revision. A table miss denies with rule 0.
 #[inline(always)]
 pub fn decide<T: Tables>(tables: &T, access: &Access) -> PolicyValue {
     decide_in(tables, tables.revision() & 1, access)
@@ -67,32 +95,123 @@ pub fn decide<T: Tables>(tables: &T, access: &Access) -> PolicyValue {
 /// As [`decide`], for a bank read before: one packet must not see two revisions.
 #[inline(always)]
 pub fn decide_in<T: Tables>(tables: &T, bank: u32, access: &Access) -> PolicyValue {
-    let Some(subject) = tables.subject(bank, access.destination) else { return REFUSED };
-    let class = if subject.flags & BY_CLASS != 0 { tables.class(bank, &access.source_addr) } else { 0 };
-    let mut key = PolicyKey {
-        bank,
-        destination: access.destination,
-        source: access.source,
-        class,
-        port: access.port,
-        pad: 0,
-    };
-    if let Some(value) = row(tables, &mut key) {
-        return value;
+    let outward = egress(tables, bank, access);
+    if outward.verdict != ALLOW && outward.verdict != HTTP {
+        return outward;
     }
-    key.source = ANY;
-    key.port = access.port;
-    row(tables, &mut key).unwrap_or(REFUSED)
+    let inward = ingress(tables, bank, access);
+    if outward.verdict == HTTP && (inward.verdict == ALLOW || inward.verdict == HTTP) {
+        outward
+    } else {
+        inward
+    }
 }
 
-/// The entry of one row: the exact port, else the any-port entry; `None` when there is no such row.
+/// May this flow come to its destination? What is no workload asks nothing.
 #[inline(always)]
-fn row<T: Tables>(tables: &T, key: &mut PolicyKey) -> Option<PolicyValue> {
-    if let Some(value) = tables.policy(key) {
-        return Some(value);
+pub fn ingress<T: Tables>(tables: &T, bank: u32, access: &Access) -> PolicyValue {
+    if access.destination < FIRST_WORKLOAD {
+        return ALLOWED;
     }
-    key.port = 0;
-    tables.policy(key)
+    let Some(Subject { flags, .. }) = tables.subject(bank, access.destination) else { return REFUSED };
+    let mut key = question(bank, access, access.destination, access.source);
+    let mut found = REFUSED;
+    rows(tables, flags, &access.source_addr, &mut key, &mut found);
+    found
+}
+
+/// May its source begin this flow? What is no workload may.
+#[inline(always)]
+pub fn egress<T: Tables>(tables: &T, bank: u32, access: &Access) -> PolicyValue {
+    if access.source < FIRST_WORKLOAD {
+        return ALLOWED;
+    }
+    let Some(Subject { flags, .. }) = tables.subject(bank, access.source) else { return REFUSED };
+    if flags & EGRESS == 0 {
+        return ALLOWED;
+    }
+    let mut key = question(bank, access, access.source, access.destination);
+    key.kind = OUTWARD;
+    let mut found = REFUSED;
+    rows(tables, flags >> EGRESS_SHIFT, &access.destination_addr, &mut key, &mut found);
+    found
+}
+
+/// Who stands behind an address, for egress rules: a workload, the node, or nobody known.
+#[inline(always)]
+pub fn party<T: Tables>(tables: &T, addr: &Addr) -> u32 {
+    match tables.endpoint(addr) {
+        Some(endpoint) => endpoint.identity,
+        None if tables.is_node_addr(addr) => NODE,
+        None => ANONYMOUS,
+    }
+}
+
+#[inline(always)]
+fn question(bank: u32, access: &Access, subject: u32, peer: u32) -> PolicyKey {
+    PolicyKey { bank, subject, peer, class: 0, port: access.port, protocol: access.protocol, kind: 0 }
+}
+
+/// The first row that exists. `key` is the whole question; nothing is found, and `found` left alone, without an answer.
+#[inline(always)]
+fn rows<T: Tables>(tables: &T, flags: u32, peer: &Addr, key: &mut PolicyKey, found: &mut PolicyValue) {
+    let class = if flags & BY_CLASS != 0 { tables.class(key.bank, peer) } else { 0 };
+    let range = if flags & BY_RANGE != 0 { tables.class(key.bank | PORTS, &port_addr(key.port)) } else { 0 };
+    if flags & BY_PROTOCOL == 0 {
+        if !matches!(key.protocol, TCP | UDP | SCTP) {
+            key.port = 0;
+        }
+        key.protocol = 0;
+    }
+    let protocol = key.protocol;
+    let port = key.port;
+    let kind = key.kind;
+    let mut turn = 0;
+    while turn < 4 {
+        if turn == 2 {
+            key.peer = ANY;
+        }
+        key.class = if turn & 1 == 0 { class } else { 0 };
+        // Without a class the even turns ask all there is.
+        if turn & 1 == 0 || class != 0 {
+            key.port = port;
+            key.protocol = protocol;
+            if let Some(value) = tables.policy(key) {
+                *found = value;
+                return;
+            }
+            if range != 0 {
+                key.port = range as u16;
+                key.kind = kind | RANGE;
+                if let Some(value) = tables.policy(key) {
+                    *found = value;
+                    return;
+                }
+                key.kind = kind;
+            }
+            key.port = 0;
+            if port != 0
+                && let Some(value) = tables.policy(key)
+            {
+                *found = value;
+                return;
+            }
+            key.protocol = 0;
+            if protocol != 0
+                && let Some(value) = tables.policy(key)
+            {
+                *found = value;
+                return;
+            }
+        }
+        turn += 1;
+    }
+}
+
+/// A port in the form of a class lookup: its two bytes, most significant first, before nothing.
+#[inline(always)]
+pub const fn port_addr(port: u16) -> Addr {
+    ((port as u128) << 112).to_be_bytes()
 }
 
 /// The mTLS mode of one port of a destination under `bank`; STRICT when the destination is unknown.

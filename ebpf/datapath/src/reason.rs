@@ -51,7 +51,7 @@ reasons! {
     Arp = 12, "arp";
     /// ICMP that is neither allowed by policy nor about a tracked flow.
     Icmp = 13, "icmp";
-    /// An IP protocol other than TCP, UDP and ICMP.
+    /// An IP protocol other than TCP, UDP, SCTP and ICMP.
     Protocol = 14, "protocol";
     /// The connection table refused an entry.
     ConntrackFull = 15, "conntrack_full";

@@ -10,7 +10,7 @@ pub trait Tables {
     fn subject(&self, bank: u32, identity: u32) -> Option<Subject>;
     /// mTLS mode of one port.
     fn port_mode(&self, bank: u32, identity: u32, port: u16) -> Option<u32>;
-    /// Class of an address: longest prefix, 0 where none matches.
+    /// Class of an address: longest prefix, 0 where none matches. With [`crate::policy::PORTS`] in the bank, of a port.
     fn class(&self, bank: u32, addr: &Addr) -> u32;
     /// One policy entry.
     fn policy(&self, key: &PolicyKey) -> Option<PolicyValue>;
@@ -20,6 +20,8 @@ pub trait Tables {
     fn netns(&self, cookie: u64) -> Option<Netns>;
     /// Does an address without a workload belong to the mesh all the same (`--mesh-cidr`)?
     fn inside(&self, addr: &Addr) -> bool;
+    /// Is this an address of the node itself?
+    fn is_node_addr(&self, addr: &Addr) -> bool;
     /// The service behind an address and port.
     fn service(&self, key: &ServiceKey) -> Option<Service>;
     /// One backend of a service.

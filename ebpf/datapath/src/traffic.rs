@@ -1,12 +1,12 @@
 //! What happens to a packet on the host side of a workload's veth.
 //!
 //! "From" is the hook that sees what the workload sends, "to" the one that sees what it will receive. The hook on the
-//! receiver's veth takes the policy decision, because only there is the sender known by the interface it came in by; the
-//! hook on the sender's veth keeps the sender honest: its own addresses, no clear text where the tunnel is due, no
-//! traffic of the tunnel port that is not the agent's.
+//! receiver's veth asks the receiver's ingress policy, because only there is the sender known by the interface it came in
+//! by; the hook on the sender's veth asks the sender's egress policy and keeps the sender honest: its own addresses, no
+//! clear text where the tunnel is due, no traffic of the tunnel port that is not the agent's.
 
 use crate::abi::{Addr, Event, FlowKey, FlowState, FragmentKey, Iface, IfaceAddr, MeterKey};
-use crate::addr::{is_link_local_v6, is_multicast, is_unspecified};
+use crate::addr::{is_link_local_v6, is_multicast, is_unspecified, is_v4};
 use crate::connect::TCP;
 use crate::conntrack::{IN, NOT_SEEN, OUT};
 use crate::event::{FROM_WORKLOAD, TO_WORKLOAD};
@@ -28,8 +28,6 @@ pub trait Flows: Tables {
     fn iface(&self, ifindex: u32) -> Option<Iface>;
     /// May the workload behind this interface use this source address?
     fn owns(&self, key: &IfaceAddr) -> bool;
-    /// Is this an address of the node itself?
-    fn is_node_addr(&self, addr: &Addr) -> bool;
     /// Copies the tracked state of a flow into `state`; false, and `state` untouched, when there is none.
     fn flow(&self, key: &FlowKey, state: &mut FlowState) -> bool;
     /// Records or replaces it.
@@ -291,6 +289,7 @@ fn judge<T: Flows>(
             return Err(Reason::SourceAddress);
         }
         state.peer = ANONYMOUS;
+        let mut here = false;
         match tables.endpoint(&key.peer) {
             Some(endpoint) => {
                 state.peer = endpoint.identity;
@@ -298,25 +297,36 @@ fn judge<T: Flows>(
                 if clear && policy::mode(tables, revision & 1, endpoint.identity, port) == Mode::Strict {
                     return Err(Reason::ClearToStrict);
                 }
-                // Normally the receiver's veth asks for policy. But when nobody remembers who began the flow, it must
-                // not pass as one that its receiver would have refused to let begin.
-                if matches!(how, How::Forgotten) && endpoint.ifindex != 0 && !tunnel {
-                    let access = Access {
-                        source: own.identity,
-                        source_addr: key.own,
-                        destination: endpoint.identity,
-                        port,
-                    };
-                    if policy::decide_in(tables, revision & 1, &access).verdict != ALLOW {
-                        return Err(Reason::Policy);
-                    }
-                }
+                here = endpoint.ifindex != 0;
             }
             None if tables.inside(&key.peer) => return Err(Reason::UnknownInside),
             None => {}
         }
-        state.verdict = ALLOW;
-        return Ok(());
+        if tunnel {
+            state.verdict = ALLOW; // The agent asked for egress policy before it dialled.
+            return Ok(());
+        }
+        let (protocol, port) = asked(key, port);
+        let access = Access {
+            source: own.identity,
+            source_addr: key.own,
+            destination: policy::party(tables, &key.peer),
+            destination_addr: key.peer,
+            protocol,
+            port,
+        };
+        let mut value = policy::egress(tables, revision & 1, &access);
+        // Normally the receiver's veth asks for its policy. But when nobody remembers who began the flow, it must not
+        // pass as one that its receiver would have refused to let begin.
+        if value.verdict == ALLOW && here && matches!(how, How::Forgotten) {
+            let inward = policy::ingress(tables, revision & 1, &access);
+            if inward.verdict != ALLOW {
+                value = inward;
+            }
+        }
+        state.verdict = value.verdict;
+        state.rule = value.rule;
+        return if value.verdict == ALLOW { Ok(()) } else { Err(refusal(value.verdict)) };
     }
     if !from {
         state.peer = sender(tables, hook, &key.peer);
@@ -327,11 +337,30 @@ fn judge<T: Flows>(
         state.verdict = ALLOW; // The agent's listener asks for a certificate and for policy.
         return Ok(());
     }
-    let access = Access { source: state.peer, source_addr: key.peer, destination: own.identity, port };
-    let value = policy::decide_in(tables, revision & 1, &access);
+    // Its sender's egress policy was asked on the sender's veth, or on its node.
+    let (protocol, port) = asked(key, port);
+    let access = Access {
+        source: state.peer,
+        source_addr: key.peer,
+        destination: own.identity,
+        destination_addr: key.own,
+        protocol,
+        port,
+    };
+    let value = policy::ingress(tables, revision & 1, &access);
     state.verdict = value.verdict;
     state.rule = value.rule;
     if value.verdict == ALLOW { Ok(()) } else { Err(refusal(value.verdict)) }
+}
+
+/// Protocol and port as policy names them. Of ICMP only echo is a flow, and its request is what is asked for.
+#[inline(always)]
+pub fn asked(key: &FlowKey, port: u16) -> (u8, u16) {
+    const ICMP: u32 = 1;
+    if key.protocol != ICMP {
+        return (key.protocol as u8, port);
+    }
+    if is_v4(&key.own) { (1, 8 + 1) } else { (58, 128 + 1) }
 }
 
 /// Who sent a packet towards a workload: known by the interface it came in by, never by its address.

@@ -5,6 +5,7 @@ mod world;
 use weft_datapath::abi::{Addr, Backend, BackendKey, Netns, Service, ServiceKey};
 use weft_datapath::addr::v4;
 use weft_datapath::connect::{Action, Dial, Plan, TCP, UDP, decide};
+use weft_datapath::identity::ANY;
 use weft_datapath::policy::{ALLOW, DENY, HTTP, Mode};
 use weft_datapath::reason::Reason;
 use weft_datapath::service::ROUND_ROBIN;
@@ -70,7 +71,8 @@ fn a_remote_workload_is_reached_by_tunnel_unless_its_port_is_in_clear() {
     world.mode(REMOTE, Mode::Disable);
     assert_eq!(dial(&world, addr_remote(), 80, TCP).action, Action::Direct);
     world.subjects.borrow_mut().clear();
-    assert_eq!(dial(&world, addr_remote(), 80, TCP).action, Action::Capture, "unknown is STRICT");
+    let stranger = dial(&world, addr_remote(), 80, TCP).action;
+    assert_eq!(stranger, Action::Refuse(Reason::Policy), "a caller without policy may nothing");
 }
 
 #[test]
@@ -121,4 +123,26 @@ fn an_unknown_address_inside_the_mesh_is_refused() {
     let unknown = v4([10, 77, 5, 5]);
     world.inside.borrow_mut().insert(unknown);
     assert_eq!(dial(&world, unknown, 80, TCP).action, Action::Refuse(Reason::UnknownInside));
+}
+
+#[test]
+fn egress_policy_refuses_by_errno() {
+    let world = World::new();
+    world.egress_rule(A, ANY, 0, DENY);
+    world.egress_rule(A, ANY, 443, ALLOW);
+    for (addr, allowed) in [(outside(), Action::Pass), (addr_remote(), Action::Capture)] {
+        let refused = dial(&world, addr, 80, TCP);
+        assert_eq!((refused.action, refused.rule), (Action::Refuse(Reason::Policy), 8));
+        assert_eq!(dial(&world, addr, 443, TCP).action, allowed);
+    }
+    // To a workload of this node both ends are asked.
+    assert_eq!(dial(&world, addr_b(), 443, TCP).rule, 7);
+    world.rule(A, B, 0, ALLOW);
+    assert_eq!(dial(&world, addr_b(), 443, TCP).action, Action::Direct);
+    assert_eq!(dial(&world, addr_b(), 80, TCP).rule, 8);
+    world.egress_rule(A, ANY, 443, HTTP);
+    assert_eq!(dial(&world, outside(), 443, TCP).action, Action::Refuse(Reason::NeedsHttp));
+    // Datagrams may be answers: their packets are asked.
+    assert_eq!(dial(&world, outside(), 80, UDP).action, Action::Pass);
+    assert_eq!(dial(&world, v4([127, 0, 0, 1]), 80, TCP).action, Action::Pass);
 }

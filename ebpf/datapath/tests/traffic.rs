@@ -2,10 +2,10 @@
 
 mod world;
 
-use weft_datapath::abi::{Endpoint, IfaceAddr, MeterKey};
+use weft_datapath::abi::{Endpoint, IfaceAddr, MeterKey, PolicyKey, PolicyValue, Subject, SubjectKey};
 use weft_datapath::addr::v4;
 use weft_datapath::identity::{ANONYMOUS, ANY, NODE};
-use weft_datapath::policy::{ALLOW, DENY, HTTP, Mode};
+use weft_datapath::policy::{ALLOW, BY_PROTOCOL, DENY, HTTP, Mode};
 use weft_datapath::reason::Reason;
 use weft_datapath::traffic::{Passed, TO};
 use world::*;
@@ -165,9 +165,8 @@ fn a_bank_is_switched_as_a_whole() {
     assert_eq!(connect(&world), ACCEPTED);
     // The next bank is written, but not current: nothing changes.
     let next = (world.revision.get() + 1) & 1;
-    let key =
-        weft_datapath::abi::PolicyKey { bank: next, destination: B, source: A, class: 0, port: 0, pad: 0 };
-    world.policy.borrow_mut().insert(key, weft_datapath::abi::PolicyValue { verdict: DENY, rule: 0 });
+    let key = PolicyKey { bank: next, subject: B, peer: A, ..Default::default() };
+    world.policy.borrow_mut().insert(key, PolicyValue { verdict: DENY, rule: 0 });
     assert_eq!(world.receives(IF_B, IF_A, &data_from_a()), KNOWN);
     assert_eq!(connect(&world), KNOWN);
 }
@@ -465,4 +464,87 @@ fn an_address_not_of_the_interface_is_not_delivered() {
         .insert(stray, Endpoint { identity: B, ifindex: IF_B, ..Endpoint::default() });
     let syn = tcp((addr_a(), 4000), (stray, 80), SYN, b"");
     assert_eq!(world.receives(IF_B, IF_A, &syn), Err(Reason::UnknownInside));
+}
+
+#[test]
+fn egress_policy_is_asked_where_the_flow_begins_and_again_when_it_changes() {
+    let world = World::new();
+    let out = tcp((addr_a(), 4000), (outside(), 443), SYN, b"");
+    assert_eq!(world.sends(IF_A, &out), KNOWN, "without egress rows a workload reaches everything");
+    world.publish(|world| {
+        world.egress_rule(A, ANY, 0, DENY);
+        world.egress_rule(A, ANONYMOUS, 443, ALLOW);
+        world.egress_rule(A, ANONYMOUS, 0, DENY);
+    });
+    assert_eq!(world.sends(IF_A, &out), KNOWN);
+    let other = tcp((addr_a(), 4001), (outside(), 80), SYN, b"");
+    assert_eq!(world.sends(IF_A, &other), Err(Reason::Policy));
+    // Replies are part of what was allowed.
+    let reply = tcp((outside(), 443), (addr_a(), 4000), SYN_ACK, b"");
+    assert_eq!(world.receives(IF_A, UPLINK, &reply), KNOWN);
+    world.publish(|world| world.egress_rule(A, ANONYMOUS, 443, DENY));
+    assert_eq!(
+        world.receives(IF_A, UPLINK, &reply),
+        Err(Reason::Policy),
+        "replies are refused with the flow"
+    );
+    assert_eq!(world.sends(IF_A, &tcp((addr_a(), 4000), (outside(), 443), ACK, b"x")), Err(Reason::Policy));
+}
+
+#[test]
+fn egress_to_a_workload_of_the_node_needs_both_ends() {
+    let world = World::new();
+    allow(&world, A, B);
+    world.egress_rule(A, ANY, 0, DENY);
+    let syn = tcp((addr_a(), 4000), (addr_b(), 80), SYN, b"");
+    assert_eq!(world.sends(IF_A, &syn), Err(Reason::Policy));
+    world.publish(|world| world.egress_rule(A, B, 80, ALLOW));
+    assert_eq!(world.sends(IF_A, &syn), KNOWN);
+    assert_eq!(world.receives(IF_B, IF_A, &syn), ACCEPTED);
+    // Answers of B, and what B begins, are none of A's egress policy.
+    assert_eq!(world.sends(IF_B, &tcp((addr_b(), 80), (addr_a(), 4000), SYN_ACK, b"")), KNOWN);
+    world.publish(|world| world.rule(A, B, 0, DENY));
+    assert_eq!(world.sends(IF_A, &syn), KNOWN, "the receiver's veth refuses it");
+    assert_eq!(world.receives(IF_B, IF_A, &syn), Err(Reason::Policy));
+}
+
+#[test]
+fn a_workload_without_a_subject_begins_nothing() {
+    let world = World::new();
+    world.subjects.borrow_mut().clear();
+    assert_eq!(world.sends(IF_A, &tcp((addr_a(), 4000), (outside(), 443), SYN, b"")), Err(Reason::Policy));
+}
+
+#[test]
+fn rows_of_protocols_tell_tcp_from_udp_sctp_and_echo() {
+    let world = World::new();
+    world.mode(B, Mode::Permissive);
+    let rule = |protocol, port, verdict| {
+        let bank = world.revision.get() & 1;
+        let key = PolicyKey { bank, subject: B, peer: A, protocol, port, ..PolicyKey::default() };
+        world.policy.borrow_mut().insert(key, PolicyValue { verdict, rule: 7 });
+    };
+    for bank in 0..2 {
+        let subject = Subject { flags: BY_PROTOCOL, mode: Mode::Permissive as u32 };
+        world.subjects.borrow_mut().insert(SubjectKey { bank, identity: B }, subject);
+    }
+    rule(0, 0, DENY);
+    rule(17, 53, ALLOW);
+    rule(132, 0, ALLOW);
+    rule(132, 7, DENY);
+    rule(1, 9, ALLOW);
+    let tcp_53 = tcp((addr_a(), 4000), (addr_b(), 53), SYN, b"");
+    assert_eq!(world.receives(IF_B, IF_A, &tcp_53), Err(Reason::Policy));
+    assert_eq!(world.receives(IF_B, IF_A, &udp((addr_a(), 4000), (addr_b(), 53), b"?")), ACCEPTED);
+    assert_eq!(world.receives(IF_B, IF_A, &udp((addr_a(), 4000), (addr_b(), 54), b"?")), Err(Reason::Policy));
+    let sctp = |port: u16| {
+        let mut body = 4000u16.to_be_bytes().to_vec();
+        body.extend(port.to_be_bytes());
+        body.extend([0; 8]);
+        ip(addr_a(), addr_b(), 132, &body)
+    };
+    assert_eq!(world.receives(IF_B, IF_A, &sctp(9)), ACCEPTED);
+    assert_eq!(world.receives(IF_B, IF_A, &sctp(7)), Err(Reason::Policy));
+    let echo = ip(addr_a(), addr_b(), 1, &[8, 0, 0, 0, 0, 1, 0, 1]);
+    assert_eq!(world.receives(IF_B, IF_A, &echo), ACCEPTED);
 }

@@ -182,6 +182,12 @@ impl Model {
             let pods = self.by_identity.entry(workload.identity.clone()).or_default();
             pods.probe_ports.extend(&workload.probe_ports);
             pods.addresses.extend(&workload.addresses);
+            pods.count += 1;
+            let named = workload.ports.iter().filter_map(|p| Some(((p.name.clone()?, p.protocol), p.port)));
+            for (name, port) in named.collect::<BTreeSet<_>>() {
+                self.named_ports.entry(name.clone()).or_default().insert(port);
+                *pods.named.entry(name).or_default().entry(port).or_default() += 1;
+            }
         }
     }
 

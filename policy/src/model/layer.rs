@@ -220,6 +220,15 @@ pub struct NetworkFacts<'a> {
     pub port_named: &'a dyn Fn(&str) -> Match,
 }
 
+impl NetworkPolicy {
+    pub fn isolates(&self, direction: Direction) -> bool {
+        match direction {
+            Direction::Ingress => self.isolates_ingress,
+            Direction::Egress => self.isolates_egress,
+        }
+    }
+}
+
 impl NetworkRule {
     pub fn matches(&self, facts: &NetworkFacts<'_>) -> Match {
         let peers = self.peers.iter().map(|peer| peer.matches(facts)).max().unwrap_or(Match::No);

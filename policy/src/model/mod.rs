@@ -11,11 +11,12 @@ pub mod selector;
 
 pub use cidr::Cidr;
 pub use identity::{Identity, SpiffeId};
-pub use layer::{Namespaces, NetworkPolicy};
+pub use layer::{Direction, Namespaces, NetworkPolicy, Peer};
 pub use selector::LabelSelector;
 
 use crate::error::{ObjectRef, Origin, Problem};
 use crate::source::core::{Balance, ContainerPort};
+use crate::source::rule::Match;
 use crate::source::{AuthorizationPolicy, MtlsMode, PeerAuthentication, Reach, Selector};
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
@@ -103,6 +104,15 @@ pub struct Blocked {
     pub reach: Reach,
 }
 
+impl Blocked {
+    /// Istio's policies speak of ingress only. One whose kind cannot be read may have spoken of both.
+    pub fn concerns(&self, direction: Direction) -> bool {
+        const INGRESS: &[&str] = &["AuthorizationPolicy", "PeerAuthentication", "RequestAuthentication"];
+        direction == Direction::Ingress
+            || self.object.as_ref().is_none_or(|object| !INGRESS.contains(&&*object.kind))
+    }
+}
+
 /// The mTLS modes of one workload, each with the policy that set it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Modes<'a> {
@@ -119,10 +129,17 @@ impl<'a> Modes<'a> {
 
 /// What the enrolled pods of one identity have together.
 #[derive(Clone, Debug, Default)]
-struct Pods {
-    probe_ports: BTreeSet<u16>,
-    addresses: Vec<IpAddr>,
+pub(crate) struct Pods {
+    pub(crate) probe_ports: BTreeSet<u16>,
+    pub(crate) addresses: Vec<IpAddr>,
+    /// How many there are.
+    pub(crate) count: usize,
+    /// Container ports by name and protocol, each with how many pods declare it.
+    pub(crate) named: NamedPorts,
 }
+
+/// See [`Pods::named`].
+pub(crate) type NamedPorts = BTreeMap<(String, u8), BTreeMap<u16, usize>>;
 
 /// The resolved mesh. Immutable once made.
 #[derive(Clone, Debug, Default)]
@@ -143,6 +160,8 @@ pub struct Model {
     /// Addresses that belong to the mesh, and to nobody whom a policy could name.
     refused: BTreeSet<IpAddr>,
     by_identity: BTreeMap<Arc<Identity>, Pods>,
+    /// Every number that some pod calls so.
+    named_ports: BTreeMap<(String, u8), BTreeSet<u16>>,
     by_address: BTreeMap<IpAddr, usize>,
     problems: Vec<Problem>,
 }
@@ -243,13 +262,35 @@ impl Model {
         })
     }
 
-    /// The first policy that cannot be enforced and would have selected this destination.
-    pub fn blocked_by(&self, destination: &Identity) -> Option<&Blocked> {
-        self.blocked.iter().find(|b| self.selects(b.reach.namespace.as_ref(), &b.reach.selector, destination))
+    /// The first policy that cannot be enforced and would have had a say in these flows of a subject.
+    pub fn blocked_by(&self, subject: &Identity, direction: Direction) -> Option<&Blocked> {
+        let mut blocked = self.blocked.iter().filter(|blocked| blocked.concerns(direction));
+        blocked.find(|b| self.selects(b.reach.namespace.as_ref(), &b.reach.selector, subject))
+    }
+
+    /// Every port that pods of any identity call so.
+    pub(crate) fn ports_named(&self, name: &str, protocol: u8) -> impl Iterator<Item = u16> {
+        self.named_ports.get(&(name.to_owned(), protocol)).into_iter().flatten().copied()
+    }
+
+    /// Is this the port that the pods of an identity call so? Undecided where they differ.
+    pub(crate) fn port_named(&self, destination: &Identity, name: &str, protocol: u8, port: u16) -> Match {
+        let pods = self.pods(destination);
+        let declared = pods.named.get(&(name.to_owned(), protocol)).and_then(|ports| ports.get(&port));
+        match declared {
+            None => Match::No,
+            Some(count) if *count == pods.count => Match::Yes,
+            Some(_) => Match::Undecided,
+        }
     }
 
     /// A policy in the root namespace holds for all namespaces, with or without a selector.
-    fn selects(&self, namespace: Option<&Arc<str>>, selector: &Selector, destination: &Identity) -> bool {
+    pub(crate) fn selects(
+        &self,
+        namespace: Option<&Arc<str>>,
+        selector: &Selector,
+        destination: &Identity,
+    ) -> bool {
         let in_reach = match namespace {
             None => true,
             Some(namespace) => {
@@ -292,8 +333,9 @@ impl Model {
         &self.pods(destination).addresses
     }
 
-    fn pods(&self, destination: &Identity) -> &Pods {
-        static NONE: Pods = Pods { probe_ports: BTreeSet::new(), addresses: Vec::new() };
+    pub(crate) fn pods(&self, destination: &Identity) -> &Pods {
+        static NONE: Pods =
+            Pods { probe_ports: BTreeSet::new(), addresses: Vec::new(), count: 0, named: BTreeMap::new() };
         self.by_identity.get(destination).unwrap_or(&NONE)
     }
 }

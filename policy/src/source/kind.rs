@@ -189,10 +189,6 @@ pub(super) fn read(treatment: &Treatment, meta: &Meta, node: &Node, out: &mut Fi
         }
     };
     top.finish(out);
-    if matches!(spec, Spec::Network(_)) && !out.refused() {
-        let message = format!("{kind} is not enforceable yet; what it selects is refused, so remove it");
-        out.add(Severity::Error, node.line, "kind", message);
-    }
     spec
 }
 

@@ -8,7 +8,7 @@ use weft_datapath::abi::*;
 use weft_datapath::addr::v4;
 use weft_datapath::identity::ANY;
 use weft_datapath::packet::Packet;
-use weft_datapath::policy::{ALLOW, DENY, Mode};
+use weft_datapath::policy::{ALLOW, DENY, EGRESS, Mode, OUTWARD};
 use weft_datapath::reason::Reason;
 use weft_datapath::tables::Tables;
 use weft_datapath::traffic::{self, FROM, Flows, Hook, Passed, TO, Work};
@@ -87,8 +87,27 @@ impl World {
 
     /// Sets one entry of one row in the current bank.
     pub fn rule(&self, source: u32, destination: u32, port: u16, verdict: u32) {
-        let key = PolicyKey { bank: self.revision.get() & 1, destination, source, class: 0, port, pad: 0 };
+        let bank = self.revision.get() & 1;
+        let key = PolicyKey { bank, subject: destination, peer: source, port, ..PolicyKey::default() };
         self.policy.borrow_mut().insert(key, PolicyValue { verdict, rule: 7 });
+    }
+
+    /// Sets one entry of one egress row in the current bank, whose subject has such rows from now on.
+    pub fn egress_rule(&self, source: u32, destination: u32, port: u16, verdict: u32) {
+        let bank = self.revision.get() & 1;
+        let key = PolicyKey {
+            bank,
+            subject: source,
+            peer: destination,
+            port,
+            kind: OUTWARD,
+            ..PolicyKey::default()
+        };
+        self.policy.borrow_mut().insert(key, PolicyValue { verdict, rule: 8 });
+        for bank in 0..2 {
+            let mut subjects = self.subjects.borrow_mut();
+            subjects.get_mut(&SubjectKey { bank, identity: source }).unwrap().flags |= EGRESS;
+        }
     }
 
     /// Copies the current bank to the other, applies `change` to it there and flips.
@@ -153,6 +172,9 @@ impl Tables for World {
     fn inside(&self, addr: &Addr) -> bool {
         self.inside.borrow().contains(addr)
     }
+    fn is_node_addr(&self, addr: &Addr) -> bool {
+        self.node_addrs.borrow().contains(addr)
+    }
     fn service(&self, key: &ServiceKey) -> Option<Service> {
         self.services.borrow().get(key).copied()
     }
@@ -167,9 +189,6 @@ impl Flows for World {
     }
     fn owns(&self, key: &IfaceAddr) -> bool {
         self.owned.borrow().contains(key)
-    }
-    fn is_node_addr(&self, addr: &Addr) -> bool {
-        self.node_addrs.borrow().contains(addr)
     }
     fn flow(&self, key: &FlowKey, state: &mut FlowState) -> bool {
         let flows = self.flows.borrow();

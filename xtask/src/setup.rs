@@ -31,7 +31,13 @@ pub(crate) enum Group {
 type Program = (&'static str, &'static str);
 
 const BUILD: &[Program] = &[("cc", "gcc")];
-const TEST: &[Program] = &[("ip", "iproute2"), ("tcpdump", "tcpdump")];
+const TEST: &[Program] = &[
+    ("ip", "iproute2"),
+    ("tcpdump", "tcpdump"),
+    ("openssl", "openssl"),
+    ("nginx", "nginx-light"),
+    ("redis-server", "redis-server"),
+];
 const DEMO: &[Program] = &[
     ("ip", "iproute2"),
     ("tcpdump", "tcpdump"),

@@ -23,3 +23,4 @@ pub use manifests::Manifests;
 pub use mesh::Mesh;
 pub use node::{Node, Pod};
 pub use process::{Place, Process};
+pub use skip::on_host;

@@ -19,6 +19,11 @@ pub fn skip(test: &str, reason: &str) {
     }
 }
 
+/// Is this the host's kernel, on which times mean something? An emulated machine shows outcomes only.
+pub fn on_host() -> bool {
+    std::env::var_os("WEFT_VM").is_none()
+}
+
 /// `major.minor` of the running kernel.
 pub fn kernel() -> String {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("a kernel has a release");

@@ -8,6 +8,7 @@ mod lint;
 mod setup;
 mod test;
 mod tree;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -35,6 +36,8 @@ enum Command {
         /// Only tests whose name contains this
         filter: Option<String>,
     },
+    /// Run the scenarios on the kernels of the matrix, under QEMU
+    VmTest(vm::Args),
     /// Show the mesh at work: two nodes, four pods, real servers (needs root)
     Demo(demo::Args),
     /// Check format, clippy, BPF warnings, dependencies, ABI number
@@ -56,6 +59,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::BuildEbpf => build_ebpf::run().map(|()| ExitCode::SUCCESS),
         Command::Setup { groups } => setup::run(&groups).map(|()| ExitCode::SUCCESS),
         Command::Test { filter } => test::run(filter.as_deref()),
+        Command::VmTest(args) => vm::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Lint => lint::run(),
     }

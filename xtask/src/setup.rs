@@ -12,7 +12,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
-use crate::{build_ebpf, tree};
+use crate::{build_ebpf, tree, vm};
 
 /// What a command needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -21,6 +21,8 @@ pub(crate) enum Group {
     Build,
     /// What tests on the running kernel use
     Test,
+    /// QEMU, and what takes kernels apart
+    Vm,
     /// Real servers and Prometheus
     Demo,
     /// rustfmt, clippy and cargo-deny
@@ -37,6 +39,13 @@ const TEST: &[Program] = &[
     ("openssl", "openssl"),
     ("nginx", "nginx-light"),
     ("redis-server", "redis-server"),
+];
+const VM: &[Program] = &[
+    ("depmod", "kmod"),
+    ("xz", "xz-utils"),
+    ("strip", "binutils"),
+    ("openssl", "openssl"),
+    ("ip", "iproute2"),
 ];
 const DEMO: &[Program] = &[
     ("ip", "iproute2"),
@@ -71,7 +80,9 @@ pub(crate) fn run(groups: &[Group]) -> Result<()> {
 pub(crate) fn ensure(groups: &[Group]) -> Result<()> {
     let has = |group| groups.contains(&group);
     let mut packages = Vec::new();
-    for (group, programs) in [(Group::Build, BUILD), (Group::Test, TEST), (Group::Demo, DEMO)] {
+    for (group, programs) in
+        [(Group::Build, BUILD), (Group::Test, TEST), (Group::Demo, DEMO), (Group::Vm, VM)]
+    {
         if has(group) {
             packages.extend(
                 programs
@@ -96,6 +107,9 @@ pub(crate) fn ensure(groups: &[Group]) -> Result<()> {
         eprintln!("setup: building bpf-linker {BPF_LINKER} (about a minute)");
         let features = format!("llvm-{}", build_ebpf::LLVM);
         cargo_install("bpf-linker", BPF_LINKER, &["--no-default-features", "--features", &features])?;
+    }
+    if has(Group::Vm) && !vm::has_qemu() {
+        install_qemu()?;
     }
     if has(Group::Lint) {
         for (program, component) in [("cargo-fmt", "rustfmt"), ("cargo-clippy", "clippy")] {
@@ -156,6 +170,24 @@ fn install(packages: &[&str]) -> Result<()> {
     for service in SERVICES.iter().filter(|service| systemd && list.contains(**service)) {
         eprintln!("setup: systemctl disable {service} (weft runs its own)");
         let _ = Command::new("systemctl").args(["--quiet", "disable", "--now", service]).status();
+    }
+    Ok(())
+}
+
+/// Debian 12's own QEMU 7.2 breaks cmpxchg16b; the one of its backports works. Sources and state are our own.
+fn install_qemu() -> Result<()> {
+    if tree::program("apt-get").is_none() || !root() {
+        bail!(
+            "missing: QEMU {} or newer (qemu-system-x86); as root on Debian this command installs it",
+            vm::QEMU
+        );
+    }
+    eprintln!("setup: installing qemu-system-x86 from bookworm-backports");
+    let apt = vm::Apt::update(&tree::target().join("vm/apt-qemu"), vm::QEMU_SUITES)?;
+    let packages = ["-t", "bookworm-backports", "qemu-system-x86"];
+    tree::run(apt.command("apt-get").args(["install", "-y", "--no-install-recommends"]).args(packages))?;
+    if !vm::has_qemu() {
+        bail!("QEMU is still older than {}", vm::QEMU);
     }
     Ok(())
 }

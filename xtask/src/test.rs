@@ -110,6 +110,11 @@ fn build() -> Result<Vec<Program>> {
     Ok(programs)
 }
 
+/// Builds everything; the test programs of `vm-tests`, which run on every kernel.
+pub(crate) fn scenarios() -> Result<Vec<PathBuf>> {
+    Ok(build()?.into_iter().filter(Program::scenario).map(|program| program.executable).collect())
+}
+
 /// The test program that a message of cargo is about.
 fn program(message: &Value) -> Option<Program> {
     if message["reason"] != "compiler-artifact" || message["profile"]["test"] != true {
@@ -129,6 +134,11 @@ fn program(message: &Value) -> Option<Program> {
 impl Program {
     fn pure(&self) -> bool {
         PURE.contains(&self.package.as_str())
+    }
+
+    /// Is it about the behaviour of a kernel?
+    fn scenario(&self) -> bool {
+        self.package == "vm-tests" && self.name.starts_with("test ")
     }
 
     /// Runs it; what it counted, and what is wrong with how it ended.

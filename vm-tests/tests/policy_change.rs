@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use vm_tests::mesh::{dial, dial_until, worked};
-use vm_tests::{Mesh, Process};
+use vm_tests::{Mesh, Process, on_host};
 
 /// From the change of the file to the end of a connection, the watcher's own delay included; of several, the one in the
 /// middle, as a loaded machine may hold up any single one.
@@ -48,7 +48,7 @@ fn revoked(nodes: (usize, usize), mut mesh: Mesh) {
     all.sort_unstable();
     println!("{} connections cut after {all:?} ms", all.len());
     // An emulated machine shows what happens, not how fast.
-    if std::env::var_os("WEFT_VM").is_none() {
+    if on_host() {
         assert!(all[all.len() / 2] < LIMIT_MS, "cut only after {all:?} ms");
     }
 }

@@ -1,7 +1,7 @@
 //! Two workloads of different nodes: mTLS between their agents, nothing else on the wire.
 
 use vm_tests::mesh::{check_patterns, dial, serve_patterns, worked};
-use vm_tests::{Capture, Mesh, Process, manifests, node, process};
+use vm_tests::{Capture, Mesh, Process, manifests, node, on_host, process};
 
 #[test]
 fn the_server_sees_the_client() {
@@ -98,9 +98,12 @@ fn many_connections_at_once_and_in_a_row() {
     let (a, b) = (mesh.pod(0, "a"), mesh.pod(1, "b"));
     mesh.start();
     let _server = Process::serve(&b.place, "echo=[::]:8080 half-close=[::]:9000");
-    let row = process::load(&a.place, &format!("crr {} --rounds 10000", b.at4(8080)));
+    // An emulated machine takes a hundred times as long for each.
+    let (rounds, count) = if on_host() { (10_000, 1000) } else { (500, 100) };
+    let row = process::load(&a.place, &format!("crr {} --rounds {rounds}", b.at4(8080)));
     assert_eq!(row["errors"], 0, "{row}");
-    let at_once = format!("pattern half-close {} --count 1000 --parallel 1000 --max-len 4096", b.at4(9000));
+    let at_once =
+        format!("pattern half-close {} --count {count} --parallel {count} --max-len 4096", b.at4(9000));
     let result = process::load(&a.place, &at_once);
     assert_eq!(result["errors"], 0, "{result}");
 }

@@ -99,6 +99,8 @@ fn a_policy_that_was_never_whole_refuses_what_it_would_select() {
         (admin("namespaces: {matchLabels: {kubernetes.io/metadata.name: prod}}"), [A, A, D]),
         (admin("pods: {namespaceSelector: {}, podSelector: {matchLabels: {app: web}}}"), [D, A, A]),
         (admin("namespaces: {matchLabels: {team: a}}"), [D, D, D]),
+        ("apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: n, namespace: istio-system}\nspec: {ingres: []}\n".into(), [A, A, A]),
+        ("apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: n, namespace: prod}\nspec: {ingres: []}\n".into(), [A, A, D]),
         (admin("namespaces: {}, pods: {namespaceSelector: {}, podSelector: {matchLabels: {app: web}}}"), [D, D, D]),
     ] {
         let mut store = store();

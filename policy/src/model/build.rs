@@ -97,7 +97,10 @@ impl Model {
     }
 
     fn block(&mut self, object: Option<ObjectRef>, origin: Origin, mut reach: Reach) {
-        reach.namespace = reach.namespace.filter(|namespace| *namespace != self.settings.root_namespace);
+        // Only Istio's policies reach out of the root namespace; of what kind an unnamed one is nobody knows.
+        let stays = object.as_ref().is_some_and(|object| object.kind.ends_with("NetworkPolicy"));
+        reach.namespace =
+            reach.namespace.filter(|namespace| stays || *namespace != self.settings.root_namespace);
         let whom = match &reach.namespace {
             None => "the whole mesh".to_owned(),
             Some(namespace) => format!("namespace {namespace}"),

@@ -265,7 +265,11 @@ impl Model {
     /// The first policy that cannot be enforced and would have had a say in these flows of a subject.
     pub fn blocked_by(&self, subject: &Identity, direction: Direction) -> Option<&Blocked> {
         let mut blocked = self.blocked.iter().filter(|blocked| blocked.concerns(direction));
-        blocked.find(|b| self.selects(b.reach.namespace.as_ref(), &b.reach.selector, subject))
+        blocked.find(|blocked| {
+            let namespace = blocked.reach.namespace.as_ref();
+            namespace.is_none_or(|namespace| *namespace == subject.spiffe.namespace)
+                && self.selects(None, &blocked.reach.selector, subject)
+        })
     }
 
     /// Every port that pods of any identity call so.

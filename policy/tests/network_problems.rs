@@ -52,3 +52,21 @@ fn every_refusal_says_where_and_what() {
     }
     assert!(count > 120, "{count}");
 }
+
+#[test]
+fn http_that_nothing_can_see_yet_is_a_warning() {
+    let rule = "toPorts: [{ports: [{port: \"80\", protocol: TCP}], rules: {http: [{path: /}]}}]";
+    let text = format!(
+        "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {{name: p}}\nspec: {{endpointSelector: {{}}, ingress: [{{{rule}}}]}}\n"
+    );
+    let mut store = ObjectStore::new();
+    store.apply("f.yaml", &text);
+    let problems: Vec<String> = store.check(Settings::default()).iter().map(ToString::to_string).collect();
+    assert_eq!(
+        problems,
+        [
+            "f.yaml:1: warning: document 1, CiliumNetworkPolicy default/p, spec: rules with HTTP attributes need the HTTP engine; \
+          until it runs, flows that they would decide are refused"
+        ]
+    );
+}

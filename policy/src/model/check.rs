@@ -23,6 +23,12 @@ impl Model {
                     );
                 }
                 Spec::AuthorizationPolicy(policy) => self.check_policy(namespace, policy, &mut found),
+                Spec::Network(policies) => {
+                    let rules = policies.iter().flat_map(|policy| &policy.rules);
+                    if rules.into_iter().any(|rule| !rule.http.is_empty()) {
+                        found.push(("spec", NEEDS_HTTP.into()));
+                    }
+                }
                 Spec::Service(service) => {
                     for (addr, port) in
                         service.addresses.iter().flat_map(|a| service.ports.iter().map(move |p| (a, p)))

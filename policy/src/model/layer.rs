@@ -73,14 +73,25 @@ pub struct NetworkRule {
     pub peers: Vec<PeerMatch>,
     /// One must match. Empty: the rule matches nothing.
     pub ports: Vec<PortMatch>,
-    /// It asks for attributes of HTTP: where peers and ports match, only the HTTP engine can tell.
-    pub http: bool,
+    /// Where peers and ports match, one of these must hold too, which only the HTTP engine can tell. Empty: nothing is
+    /// asked of HTTP.
+    pub http: Vec<HttpMatch>,
     /// The list it stands in.
     pub list: RuleList,
     /// Position in that list, counted through all specs of the object.
     pub index: u32,
     /// Line of its begin.
     pub line: u32,
+}
+
+/// A request, as Cilium writes it: extended POSIX expressions over the whole text. What is absent asks for nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HttpMatch {
+    pub method: Option<String>,
+    pub path: Option<String>,
+    pub host: Option<String>,
+    /// Names, each with its value or, without one, present with any.
+    pub headers: Vec<(String, Option<String>)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -233,7 +244,7 @@ impl NetworkRule {
     pub fn matches(&self, facts: &NetworkFacts<'_>) -> Match {
         let peers = self.peers.iter().map(|peer| peer.matches(facts)).max().unwrap_or(Match::No);
         let ports = self.ports.iter().map(|port| port.matches(facts)).max().unwrap_or(Match::No);
-        let http = if self.http { Match::Undecided } else { Match::Yes };
+        let http = if self.http.is_empty() { Match::Yes } else { Match::Undecided };
         peers.min(ports).min(http)
     }
 }

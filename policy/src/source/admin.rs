@@ -181,7 +181,7 @@ fn rule(
     }
     fields.finish(out);
     let (action, line) = (action?, at.node.line);
-    Some(NetworkRule { direction, action, peers: chosen, ports, http: false, list, index, line })
+    Some(NetworkRule { direction, action, peers: chosen, ports, http: Vec::new(), list, index, line })
 }
 
 fn action(fields: &mut Fields<'_>, dialect: &Dialect, out: &mut Findings) -> Option<RuleVerdict> {

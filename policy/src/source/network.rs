@@ -86,7 +86,7 @@ fn rules(spec: &mut Fields<'_>, list: RuleList, namespace: &str, out: &mut Findi
             action: RuleVerdict::Allow,
             peers,
             ports,
-            http: false,
+            http: Vec::new(),
             list,
             index: index as u32,
             line: at.node.line,

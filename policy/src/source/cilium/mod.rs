@@ -126,7 +126,7 @@ impl Reader<'_> {
         fields.finish(out);
         let (peers, ports) = match (given, ports) {
             (Some(peers), Some(ports)) => (peers, ports),
-            (Some(peers), None) => (peers, vec![(vec![PortMatch::ALL], false)]),
+            (Some(peers), None) => (peers, vec![(vec![PortMatch::ALL], Vec::new())]),
             (None, Some(ports)) => (vec![PeerMatch::Any], ports),
             (None, None) if denies => {
                 out.error(at, "an empty deny rule is ambiguous; name whom it denies, or which ports");

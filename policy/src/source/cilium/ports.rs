@@ -1,6 +1,6 @@
 //! Which ports and messages a rule of Cilium is about, and whether HTTP must be seen on them.
 
-use crate::model::layer::{PortMatch, Ports, icmp_port};
+use crate::model::layer::{HttpMatch, PortMatch, Ports, icmp_port};
 use crate::source::core::{SCTP, TCP, UDP};
 use crate::source::fields::{At, Fields, Findings};
 use crate::source::selector;
@@ -37,12 +37,12 @@ const TYPES: &[(&str, u8, u8)] = &[
     ("RedirectMessage", ICMPV6, 137),
 ];
 
-/// Ports, and whether HTTP decides on them. `None`: the rule names none.
+/// Ports, each list with the requests that may be made on it. `None`: the rule names none.
 pub(super) fn read(
     fields: &mut Fields<'_>,
     denies: bool,
     out: &mut Findings,
-) -> Option<Vec<(Vec<PortMatch>, bool)>> {
+) -> Option<Vec<(Vec<PortMatch>, Vec<HttpMatch>)>> {
     let lists = fields.items("toPorts", out);
     let icmps = fields.take("icmps").filter(|at| !at.items(&mut Findings::default()).is_empty());
     if let Some(at) = &icmps {
@@ -55,7 +55,7 @@ pub(super) fn read(
             messages.extend(fields.items("fields", out).iter().filter_map(|at| message(at, out)));
             fields.finish(out);
         }
-        return Some(vec![(messages, false)]);
+        return Some(vec![(messages, Vec::new())]);
     }
     if lists.is_empty() {
         return None;
@@ -100,14 +100,14 @@ fn message(at: &At<'_>, out: &mut Findings) -> Option<PortMatch> {
 }
 
 /// One item of `toPorts`.
-fn port_rule(at: &At<'_>, denies: bool, out: &mut Findings) -> (Vec<PortMatch>, bool) {
+fn port_rule(at: &At<'_>, denies: bool, out: &mut Findings) -> (Vec<PortMatch>, Vec<HttpMatch>) {
     let mut fields = at.fields(out);
     let items = fields.items("ports", out);
     if items.is_empty() {
         out.error(at, "`ports` is missing; write port \"0\" for all");
     }
     let ports: Vec<PortMatch> = items.iter().flat_map(|at| port(at, out)).collect();
-    let mut http = false;
+    let mut http = Vec::new();
     if !denies {
         for (name, message) in [
             ("terminatingTLS", "TLS of workloads is not opened here; remove it"),
@@ -122,7 +122,7 @@ fn port_rule(at: &At<'_>, denies: bool, out: &mut Findings) -> (Vec<PortMatch>, 
         if let Some(rules) = fields.take("rules") {
             http = l7(&rules, out);
             let plain = |port: &PortMatch| port.protocol == Some(TCP) && port.ports != Ports::All;
-            if http && !ports.iter().all(plain) {
+            if !http.is_empty() && !ports.iter().all(plain) {
                 out.error(
                     &rules,
                     "HTTP is looked for on TCP only; give each port a number or a name and protocol TCP",
@@ -134,7 +134,7 @@ fn port_rule(at: &At<'_>, denies: bool, out: &mut Findings) -> (Vec<PortMatch>, 
     (ports, http)
 }
 
-fn l7(at: &At<'_>, out: &mut Findings) -> bool {
+fn l7(at: &At<'_>, out: &mut Findings) -> Vec<HttpMatch> {
     let mut fields = at.fields(out);
     for (name, message) in [
         ("kafka", "Kafka is not enforceable; allow the port, or remove the rule"),
@@ -148,28 +148,34 @@ fn l7(at: &At<'_>, out: &mut Findings) -> bool {
     }
     let list = fields.take("http");
     fields.finish(out);
-    let Some(list) = list else { return false };
+    let Some(list) = list else { return Vec::new() };
     let items = list.items(out);
     if items.is_empty() {
         out.error(&list, "an empty list is ambiguous; write `{}` for any request, or leave it out");
     }
-    items.iter().for_each(|at| request(at, out));
-    true
+    items.iter().map(|at| request(at, out)).collect()
 }
 
-/// What a request must be. Only that something is asked matters until the HTTP engine runs.
-fn request(at: &At<'_>, out: &mut Findings) {
+fn request(at: &At<'_>, out: &mut Findings) -> HttpMatch {
     let mut fields = at.fields(out);
-    for name in ["method", "path", "host"] {
-        fields.text(name, out);
+    let mut request = HttpMatch {
+        method: fields.text("method", out),
+        path: fields.text("path", out),
+        host: fields.text("host", out),
+        headers: Vec::new(),
+    };
+    for text in fields.texts("headers", out) {
+        let (name, value) = text.split_once(':').map_or((&*text, None), |(name, value)| (name, Some(value)));
+        request.headers.push((name.trim().to_owned(), value.map(|value| value.trim().to_owned())));
     }
-    fields.texts("headers", out);
     for at in fields.items("headerMatches", out) {
         let mut header = at.fields(out);
-        if header.text("name", out).is_none_or(|name| name.is_empty()) {
+        let name = header.text("name", out).filter(|name| !name.is_empty());
+        if name.is_none() {
             out.error(&at, "`name` is missing");
         }
-        header.text("value", out);
+        let value = header.text("value", out);
+        request.headers.extend(name.map(|name| (name, value)));
         for (name, message) in [
             ("mismatch", "requests are not changed here; leave it out, so that a mismatch is refused"),
             ("secret", "secrets are not read here; use value"),
@@ -181,6 +187,7 @@ fn request(at: &At<'_>, out: &mut Findings) {
         header.finish(out);
     }
     fields.finish(out);
+    request
 }
 
 /// One item of `ports`: port 0 is any, and no protocol is any with ports.

@@ -70,3 +70,26 @@ fn http_that_nothing_can_see_yet_is_a_warning() {
         ]
     );
 }
+
+#[test]
+fn two_policies_of_one_priority_are_a_warning() {
+    let policy = |kind: &str, name: &str, version: &str, tier: &str| {
+        format!(
+            "apiVersion: policy.networking.k8s.io/{version}\nkind: {kind}\nmetadata: {{name: {name}}}\nspec: {{{tier}priority: 5, \
+             subject: {{namespaces: {{}}}}, ingress: [{{action: Deny, from: [{{namespaces: {{}}}}]}}]}}\n---\n"
+        )
+    };
+    let text = policy("ClusterNetworkPolicy", "b", "v1alpha2", "tier: Admin, ")
+        + &policy("AdminNetworkPolicy", "a", "v1alpha1", "")
+        + &policy("ClusterNetworkPolicy", "c", "v1alpha2", "tier: Baseline, ");
+    let mut store = ObjectStore::new();
+    store.apply("f.yaml", &text);
+    let problems: Vec<String> = store.check(Settings::default()).iter().map(ToString::to_string).collect();
+    assert_eq!(
+        problems,
+        [
+            "f.yaml:1: warning: document 1, ClusterNetworkPolicy b, spec.priority: the same priority as AdminNetworkPolicy a, which \
+          goes first because of its name; others may do it differently, so give it one of its own"
+        ]
+    );
+}

@@ -1,5 +1,6 @@
 //! What reads well and still will not do what its author wants.
 
+use super::layer::Tier;
 use super::{Cidr, Identity, Model, Pods};
 use crate::error::Severity;
 use crate::source::rule::Test;
@@ -11,6 +12,7 @@ use std::sync::Arc;
 impl Model {
     pub(super) fn check<'a>(&mut self, objects: impl Iterator<Item = &'a &'a Arc<Object>>) {
         let mut claims: BTreeMap<(IpAddr, u16, u8), &Object> = BTreeMap::new();
+        let mut tiers: BTreeMap<Tier, &Object> = BTreeMap::new();
         for object in objects {
             let mut found = Vec::new();
             let namespace = &object.meta.object.namespace;
@@ -27,6 +29,17 @@ impl Model {
                     let rules = policies.iter().flat_map(|policy| &policy.rules);
                     if rules.into_iter().any(|rule| !rule.http.is_empty()) {
                         found.push(("spec", NEEDS_HTTP.into()));
+                    }
+                    for tier in policies.iter().map(|policy| policy.tier).filter(Tier::has_priority) {
+                        let first = tiers.entry(tier).or_insert(object);
+                        if first.meta.object != object.meta.object {
+                            let message = format!(
+                                "the same priority as {}, which goes first because of its name; others may do it \
+                                 differently, so give it one of its own",
+                                first.meta.object
+                            );
+                            found.push(("spec.priority", message));
+                        }
                     }
                 }
                 Spec::Service(service) => {

@@ -56,6 +56,13 @@ pub enum Tier {
     Cilium,
 }
 
+impl Tier {
+    /// Is the order of its policies said by a number?
+    pub fn has_priority(&self) -> bool {
+        matches!(self, Tier::Admin { .. } | Tier::Baseline { .. })
+    }
+}
+
 /// Pods, by labels of their namespace and of their own. Empty selectors select all.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PodSet {

@@ -53,7 +53,7 @@ fn nothing_crosses_in_clear() {
     }
     // What goes around the sockets: raw packets to the remote workload, and datagrams, which have no tunnel.
     for (from, to) in [(format!("{}:4000", a.v4), b.at4(8080)), (format!("[{}]:4000", a.v6), b.at6(8080))] {
-        for kind in ["syn", "data", "udp", "ping", "other"] {
+        for kind in ["syn", "data", "udp", "ping", "sctp", "other"] {
             for dress in ["plain", "options", "destination", "fragments", "late-fragment"] {
                 process::load(
                     &a.place,

@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use weft_datapath::abi::{Addr, FlowKey, FlowState, PolicyValue};
 use weft_datapath::connect::TCP;
 use weft_datapath::conntrack::IN;
-use weft_datapath::identity::NODE;
+use weft_datapath::identity::{ANONYMOUS, NODE};
 use weft_datapath::names::TUNNEL_PORT;
 use weft_datapath::policy::{self, ALLOW, Access, Mode};
 use weft_datapath::tables::Tables;
@@ -86,7 +86,7 @@ impl Judge<'_> {
         }
         let (source_addr, destination_addr) = if outward { (key.own, key.peer) } else { (key.peer, key.own) };
         let (source, destination, port) = if outward {
-            (state.own, policy::party(&self.tables, &key.peer), key.peer_port)
+            (state.own, self.destination(&key.peer), key.peer_port)
         } else {
             (state.peer, state.own, key.own_port)
         };
@@ -98,6 +98,12 @@ impl Judge<'_> {
             false => policy::ingress(tables, bank, &access),
         });
         (value.verdict != ALLOW).then_some(value.rule)
+    }
+
+    /// Who has the address now: it may have changed hands since the flow was judged.
+    fn destination(&self, addr: &Addr) -> u32 {
+        let owner = self.tables.endpoint(addr).map_or(ANONYMOUS, |endpoint| endpoint.identity);
+        policy::party(&self.tables, owner, addr)
     }
 
     /// At its own veth a flow is refused when it goes in clear where it must not. What its receiver on this node

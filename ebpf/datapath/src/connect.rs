@@ -147,7 +147,7 @@ fn refuse<T: Tables>(tables: &T, caller: &Netns, protocol: u8, plan: &mut Plan) 
     let access = Access {
         source: caller.identity,
         source_addr: crate::addr::UNSPECIFIED,
-        destination: policy::party(tables, &addr),
+        destination: policy::party(tables, plan.destination, &addr),
         destination_addr: addr,
         protocol,
         port: plan.backend.port,

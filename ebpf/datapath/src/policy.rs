@@ -7,7 +7,7 @@
 //! Inside it the narrowest entry wins. The subject's flags say which of these lookups its rows can answer at all.
 
 use crate::abi::{Addr, PolicyKey, PolicyValue, Subject};
-use crate::identity::{ANONYMOUS, ANY, FIRST_WORKLOAD, NODE};
+use crate::identity::{ANY, FIRST_WORKLOAD, NODE};
 use crate::tables::Tables;
 
 /// The flow may pass.
@@ -137,14 +137,10 @@ pub fn egress<T: Tables>(tables: &T, bank: u32, access: &Access) -> PolicyValue 
     found
 }
 
-/// Who stands behind an address, for egress rules: a workload, the node, or nobody known.
+/// Who stands behind an address, for egress rules: the workload that owns it, if `owner` is one, the node, or nobody known.
 #[inline(always)]
-pub fn party<T: Tables>(tables: &T, addr: &Addr) -> u32 {
-    match tables.endpoint(addr) {
-        Some(endpoint) => endpoint.identity,
-        None if tables.is_node_addr(addr) => NODE,
-        None => ANONYMOUS,
-    }
+pub fn party<T: Tables>(tables: &T, owner: u32, addr: &Addr) -> u32 {
+    if owner < FIRST_WORKLOAD && tables.is_node_addr(addr) { NODE } else { owner }
 }
 
 #[inline(always)]

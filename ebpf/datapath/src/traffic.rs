@@ -310,7 +310,7 @@ fn judge<T: Flows>(
         let access = Access {
             source: own.identity,
             source_addr: key.own,
-            destination: policy::party(tables, &key.peer),
+            destination: policy::party(tables, state.peer, &key.peer),
             destination_addr: key.peer,
             protocol,
             port,

@@ -21,7 +21,9 @@ enum Kind {
     Udp,
     /// An ICMP echo request.
     Ping,
-    /// An IP protocol without ports (SCTP's number).
+    /// SCTP.
+    Sctp,
+    /// A protocol that nothing tracks (GRE).
     Other,
 }
 
@@ -58,6 +60,7 @@ const PROTO_UDP: u8 = 17;
 const PROTO_ICMP: u8 = 1;
 const PROTO_ICMP6: u8 = 58;
 const PROTO_SCTP: u8 = 132;
+const PROTO_GRE: u8 = 47;
 const HOP_BY_HOP: u8 = 0;
 const FRAGMENT: u8 = 44;
 const DESTINATION: u8 = 60;
@@ -105,9 +108,9 @@ fn transport(args: &Args) -> (u8, Vec<u8>) {
             bytes.extend([128, 0, 0, 0, 0, 9, 0, 1]);
             (PROTO_ICMP6, 2)
         }
-        Kind::Other => {
+        Kind::Sctp | Kind::Other => {
             bytes.extend(sport.into_iter().chain(dport).chain([0; 8]));
-            (PROTO_SCTP, 8)
+            (if args.kind == Kind::Sctp { PROTO_SCTP } else { PROTO_GRE }, 8)
         }
     };
     bytes.extend(text);

@@ -7,11 +7,12 @@ use std::fmt::Write;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use weft_datapath::abi::{PolicyKey, SubjectKey};
 use weft_datapath::identity::{ANONYMOUS, FIRST_WORKLOAD, NODE};
 use weft_datapath::policy::{self, Access, Mode};
 use weft_policy::model::cidr;
 use weft_policy::model::layer::icmp_port;
-use weft_policy::{Flow, Model, ObjectStore, Peer, Settings, Tables, Verdict, compile};
+use weft_policy::{Flow, Model, ObjectStore, Peer, RuleRef, Settings, Tables, Verdict, compile};
 
 const CIDRS: &[&str] = &[
     "0.0.0.0/0",
@@ -49,7 +50,8 @@ const ASKED: &[(u8, u16)] = &[
     (17, 8500),
     (132, 80),
     (1, icmp_port(8)),
-    (1, icmp_port(13)),
+    // As a number this is port 80.
+    (1, icmp_port(79)),
     (58, icmp_port(128)),
     (47, 0),
 ];
@@ -338,6 +340,7 @@ fn admin_policy() -> impl Strategy<Value = String> {
         one(&[
             "",
             ", ports: [{portNumber: {protocol: TCP, port: 80}}]",
+            ", ports: [{portNumber: {protocol: TCP, port: 8500}}]",
             ", ports: [{portRange: {protocol: TCP, start: 8000, end: 9000}}]",
             ", ports: [{namedPort: web}]",
             ", ports: [{portNumber: {protocol: UDP, port: 53}}]",
@@ -534,6 +537,59 @@ fn the_evaluator_and_the_kernels_decision_agree() {
     println!("{} flows, {} policies, {} refused", flows.get(), policies.get(), refused.get());
     assert!(flows.get() > 1_000_000, "only {} flows were tried", flows.get());
     assert!(refused.get() * 5 < policies.get(), "the generator writes too much nonsense");
+}
+
+/// What the tables say of one subject, with rules by name.
+fn rows<'t>(tables: &'t Tables, subject: u32) -> Vec<(PolicyKey, u32, Option<&'t RuleRef>)> {
+    let own = tables.policies.iter().filter(|(key, _)| key.subject == subject);
+    own.map(|(key, value)| (*key, value.verdict, tables.rule(value.rule))).collect()
+}
+
+/// A policy more changes the rows of those whom it selects, and moves no number of a rule.
+#[test]
+fn an_unrelated_policy_changes_nothing() {
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
+        cases: 400,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    });
+    let (alike, tried) = (std::cell::Cell::new(0), std::cell::Cell::new(0));
+    let result = runner.run(&(world(), network_policy()), |((objects, default_deny), policy)| {
+        let mut more = objects.clone();
+        more.push(policy.replace("NAME", "another"));
+        let (before, after) = (model_of(&objects, default_deny), model_of(&more, default_deny));
+        let numbers = numbers(&before);
+        let (old, new) = (compile(&before, &numbers), compile(&after, &numbers));
+        for (number, rule) in &old.rules {
+            prop_assert!(
+                new.rules.get(number).is_none_or(|now| now == rule),
+                "{} is now {:?}",
+                rule,
+                new.rule(*number)
+            );
+        }
+        let added = after.network_policies().iter().find(|named| &*named.object.name == "another");
+        for (identity, number) in &numbers {
+            tried.set(tried.get() + 1);
+            let selected =
+                added.is_none_or(|named| named.policy.subject.selects(after.namespaces(), identity));
+            // Ranges of the added policy may lie inside those of others, who then need rows for them.
+            let flags = policy::BY_CLASS | policy::BY_RANGE;
+            let ranges = flags | flags << policy::EGRESS_SHIFT;
+            let key = SubjectKey { bank: 0, identity: *number };
+            if selected || old.subjects[&key].flags & ranges != 0 {
+                continue;
+            }
+            alike.set(alike.get() + 1);
+            prop_assert_eq!(old.subjects[&key], new.subjects[&key]);
+            prop_assert_eq!(rows(&old, *number), rows(&new, *number), "{}", identity);
+        }
+        Ok(())
+    });
+    if let Err(error) = result {
+        panic!("{error}");
+    }
+    assert!(alike.get() * 4 > tried.get(), "{} of {} subjects were compared", alike.get(), tried.get());
 }
 
 #[test]

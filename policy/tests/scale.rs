@@ -66,6 +66,7 @@ fn ten_thousand_network_policies_of_one_namespace() {
     let start = Instant::now();
     let tables = compile(&model, &numbers);
     println!("compile: {:?}, {} entries", start.elapsed(), tables.policies.len());
-    // Ingress: any peer, and the caller with its port. Egress: the same, and any peer in one class of addresses.
-    assert_eq!(tables.policies.len(), 10_000 * (1 + 2 + 1 + 2 + 1));
+    // Both ways: any peer, the node, and one peer with its port. Egress once more in the class, where all are allowed, and
+    // the peer by another rule.
+    assert_eq!(tables.policies.len(), 10_000 * (4 + 4 + 1 + 2));
 }

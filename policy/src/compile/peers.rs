@@ -174,12 +174,12 @@ impl<'a> Peers<'a> {
                 self.labels.get(&(key.as_str(), value.as_str())).map_or(&[][..], Vec::as_slice)
             })
             .min_by_key(|positions| positions.len());
-        let inside = pods.namespaces.equal.get(NAMESPACE_NAME).map(|namespace| self.namespace(namespace));
-        let candidates = match (fewest, &inside) {
-            (Some(labelled), Some(inside)) if inside.len() < labelled.len() => Some(&inside[..]),
-            (Some(labelled), _) => Some(labelled),
-            (None, inside) => inside.as_deref(),
+        // By label, else by namespace; to collect a namespace costs its size.
+        let inside = match (fewest, pods.namespaces.equal.get(NAMESPACE_NAME)) {
+            (None, Some(namespace)) => Some(self.namespace(namespace)),
+            _ => None,
         };
+        let candidates = fewest.or(inside.as_deref());
         Selected::Lists(vec![
             self.filtered(candidates, |identity| pods.selects(self.model.namespaces(), identity)),
         ])

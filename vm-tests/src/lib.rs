@@ -16,6 +16,7 @@ pub mod netns;
 pub mod node;
 pub mod process;
 pub mod skip;
+pub mod verifier;
 
 pub use agent::{Agent, Ca};
 pub use capture::Capture;

@@ -120,10 +120,10 @@ impl Kernel {
             self.packages[0].version
         );
         let mut files = Vec::new();
-        for kind in ["image", "binary", "modules"] {
+        for kind in ["image", "base", "binary", "modules"] {
             let name = format!("linux-{kind}-{release}");
             if get(&name, &version).is_err() {
-                // Only newer kernels are split into image, binary and modules.
+                // Only newer kernels are split into more packages.
                 if kind == "image" {
                     bail!("{name} {version} cannot be downloaded");
                 }
@@ -213,7 +213,7 @@ mod tests {
         for package in all().iter().flat_map(|kernel| &kernel.packages) {
             assert_eq!(package.sha256.len(), 64, "{}", package.name);
         }
-        assert_eq!(all()[3].packages.len(), 2);
+        assert_eq!(all()[3].packages.len(), 3);
     }
 
     #[test]

@@ -30,6 +30,8 @@ use crate::{build_ebpf, setup, test, tree};
 const SILENCE: Duration = Duration::from_secs(300);
 /// No kernel takes this long unless it hangs.
 const DEADLINE: Duration = Duration::from_secs(20 * 60);
+/// For the control that hangs on purpose.
+const CONTROL_SILENCE: Duration = Duration::from_secs(15);
 /// Where KVM works, a guest says its first word long before.
 const KVM_DEADLINE: Duration = Duration::from_secs(20);
 
@@ -98,11 +100,16 @@ impl Bench<'_> {
     fn all(&self, kernels: &[Kernel], scenarios: &[PathBuf]) -> Result<Vec<Tested>> {
         let programs = Programs::read(scenarios, self.own)?;
         let mut accelerator = None;
+        let mut controlled = false;
         let mut results = Vec::new();
         for kernel in kernels {
             // What cannot be had or built is that kernel's failure; the others still run.
             let tested = self.prepare(kernel, &programs).and_then(|(unpacked, image)| {
                 let accelerator = *accelerator.get_or_insert_with(|| accelerate(&unpacked, &image));
+                if !controlled {
+                    controls(&unpacked, &image, accelerator)?;
+                    controlled = true;
+                }
                 let verdict = self.test(kernel, &unpacked, &image, accelerator)?;
                 fs::remove_file(&image)?;
                 Ok((unpacked.version, verdict))
@@ -176,6 +183,24 @@ fn accelerate(kernel: &Unpacked, image: &Path) -> Accelerator {
         return Accelerator::Tcg;
     }
     Accelerator::Kvm
+}
+
+/// The controls: a guest that panics and one that hangs must be told from a good one, or no verdict means anything.
+fn controls(kernel: &Unpacked, image: &Path, accelerator: Accelerator) -> Result<()> {
+    for (mode, silence, wanted) in
+        [("panic", SILENCE, "Kernel panic"), ("hang", CONTROL_SILENCE, "silent for")]
+    {
+        let words = [format!("weft.mode={mode}")];
+        let machine =
+            Machine { kernel: &kernel.image, image, accelerator, words: &words, silence, deadline: DEADLINE };
+        let verdict = verdict::judge(&machine.run(|_| ())?);
+        let named = verdict.trouble.iter().any(|what| what.contains(wanted));
+        if verdict.good() || !named {
+            bail!("a guest told to {mode} is judged as {verdict:?}");
+        }
+        println!("vm-test: control: a guest that was told to {mode} fails ({})", verdict.trouble.join("; "));
+    }
+    Ok(())
 }
 
 fn table(results: &[Tested]) -> String {

@@ -540,7 +540,7 @@ fn the_evaluator_and_the_kernels_decision_agree() {
 }
 
 /// What the tables say of one subject, with rules by name.
-fn rows<'t>(tables: &'t Tables, subject: u32) -> Vec<(PolicyKey, u32, Option<&'t RuleRef>)> {
+fn rows(tables: &Tables, subject: u32) -> Vec<(PolicyKey, u32, Option<&RuleRef>)> {
     let own = tables.policies.iter().filter(|(key, _)| key.subject == subject);
     own.map(|(key, value)| (*key, value.verdict, tables.rule(value.rule))).collect()
 }

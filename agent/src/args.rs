@@ -169,13 +169,25 @@ pub struct ExplainArgs {
     /// Destination workload, `namespace/name`.
     #[arg(long, value_name = "W")]
     pub to: String,
-    /// Destination port.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    /// Destination port; for icmp the message type.
+    #[arg(long, value_name = "N")]
     pub port: u16,
+    /// IP protocol.
+    #[arg(long, value_enum, default_value = "tcp")]
+    pub protocol: IpProtocol,
     #[command(flatten)]
     pub policy: PolicyArgs,
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+/// Protocols that policy tells apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum IpProtocol {
+    Tcp,
+    Udp,
+    Sctp,
+    Icmp,
 }
 
 /// How policy is read where no agent says so.

@@ -71,11 +71,14 @@ spec:
             "policy", "explain", path, "--from", "shop/web", "--to", "shop/db", "--port", port, "-o", "json",
         ])
     };
-    for (port, code, allowed) in [("5432", 0, true), ("5433", 1, false)] {
+    for (port, code, allowed, line) in [("5432", 0, true, 20), ("5433", 1, false, 14)] {
         let (found, stdout, stderr) = explain(port);
         assert_eq!(found, Some(code), "{stderr}");
         let answer: Value = serde_json::from_str(&stdout).expect("JSON");
         assert_eq!(answer["allowed"], allowed);
+        assert_eq!(answer["line"], line, "the rule that allows, or the policy that asks for one: {answer}");
+        let changes = answer["changes"].as_array().map(Vec::len);
+        assert_eq!(changes, Some(usize::from(!allowed)), "{answer}");
         assert_eq!(
             answer["remedy"].is_string(),
             !allowed,

@@ -6,7 +6,8 @@
 //! | keep | [`store`] | the objects of all files; each whole, or its former version |
 //! | resolve | [`model`] | objects, a [`Model`] in which every reference is resolved |
 //! | compile | [`compile()`] | a model, the [`Tables`] that the kernel reads |
-//! | explain | [`eval`] | a model and a flow, a verdict with its reason |
+//! | decide | [`eval`] | a model and a flow, a verdict with its reason |
+//! | explain | [`mod@explain`] | the line that decided, and for a deny what would allow it |
 //!
 //! INVARIANT: this crate does no I/O, and nothing that it cannot enforce is skipped in silence: a policy object that
 //! cannot be read refuses every flow to the workloads that it would have selected.
@@ -15,6 +16,7 @@
 pub mod compile;
 pub mod error;
 pub mod eval;
+pub mod explain;
 pub mod model;
 pub mod source;
 pub mod store;
@@ -23,6 +25,7 @@ pub mod tables;
 pub use compile::compile;
 pub use error::{ObjectRef, Origin, Problem, Severity};
 pub use eval::{Decision, Flow, Peer, Verdict};
+pub use explain::{Change, Explanation};
 pub use model::{Cidr, Identity, Model, Settings, SpiffeId, Workload};
 pub use store::ObjectStore;
 pub use tables::{RuleRef, Tables};

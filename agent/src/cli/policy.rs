@@ -1,13 +1,16 @@
 //! `weft policy check` and `weft policy explain`: manifests only, no agent.
 
 use std::io::{self, Write};
+use std::net::IpAddr;
 use std::path::Path;
 
+use clap::ValueEnum;
 use serde_json::json;
-use weft_policy::{Flow, Model, ObjectStore, Peer, Severity, Verdict, Workload};
+use weft_policy::model::layer::icmp_port;
+use weft_policy::{Explanation, Flow, Model, ObjectStore, Origin, Peer, Severity, Verdict, Workload};
 
 use super::{DONE, Failure, NO};
-use crate::args::{ExplainArgs, Output, PolicyArgs, PolicyCommand};
+use crate::args::{ExplainArgs, IpProtocol, Output, PolicyArgs, PolicyCommand};
 use crate::control::settings;
 use crate::manifests::files;
 
@@ -25,12 +28,13 @@ fn check(dir: &Path, policy: &PolicyArgs, output: Output) -> Result<u8, Failure>
     let mut out = io::stdout().lock();
     if output == Output::Json {
         let unreadable = unreadable.iter().map(|(file, why)| {
-            json!({"severity": "error", "file": file, "line": 0, "object": null, "field": "", "message": why})
+            json!({"severity": "error", "file": file, "document": 0, "line": 0, "object": null, "field": "", "message": why})
         });
         let rows = problems.iter().map(|problem| {
             json!({
                 "severity": problem.severity.name(),
                 "file": &*problem.origin.file,
+                "document": problem.origin.document,
                 "line": problem.origin.line,
                 "object": problem.object.as_ref().map(ToString::to_string),
                 "field": problem.field,
@@ -72,36 +76,78 @@ fn explain(args: &ExplainArgs) -> Result<u8, Failure> {
         )));
     };
     let destination = if to.enrolled { Peer::Workload(&to.identity) } else { Peer::Anonymous };
-    let port = args.port;
-    let flow = Flow { source, source_addr, destination, destination_addr, protocol: 6, port };
-    let decision = model.eval(&flow);
+    let (protocol, port) = destination_port(args, destination_addr)?;
+    let flow = Flow { source, source_addr, destination, destination_addr, protocol, port };
+    let Explanation { decision, place, changes } = model.explain(&flow);
+    let place_of = |place: &Origin| format!("{}:{}", place.file, place.line);
     let allowed = decision.verdict == Verdict::Allow;
     let rule = decision.rule.as_ref().map(ToString::to_string);
     let mut out = io::stdout().lock();
     if args.output.output == Output::Json {
         let answer = json!({
             "allowed": allowed,
+            "verdict": match decision.verdict {
+                Verdict::Allow => "allow",
+                Verdict::Deny => "deny",
+                Verdict::Http => "http",
+            },
             "from": args.from,
             "from_identity": from.enrolled.then(|| from.identity.spiffe.to_string()),
             "to": args.to,
             "to_identity": to.identity.spiffe.to_string(),
+            "protocol": args.protocol.to_possible_value().map(|name| name.get_name().to_owned()),
             "port": args.port,
             "rule": rule,
+            "file": place.as_ref().map(|place| &*place.file),
+            "line": place.as_ref().map(|place| place.line),
+            "document": place.as_ref().map(|place| place.document),
             "reason": decision.reason,
             "remedy": decision.remedy,
+            "changes": changes.iter().map(|change| {
+                json!({
+                    "change": change.what,
+                    "file": change.place.as_ref().map(|place| &*place.file),
+                    "line": change.place.as_ref().map(|place| place.line),
+                })
+            }).collect::<Vec<_>>(),
         });
         writeln!(out, "{answer:#}")?;
     } else {
         let verdict = if allowed { "allowed".to_owned() } else { super::table::red("denied") };
         writeln!(out, "{verdict}: {} -> {} port {}: {}", args.from, args.to, args.port, decision.reason)?;
         if let Some(rule) = rule {
-            writeln!(out, "decided by {rule}")?;
+            let place = place.as_ref().map(|place| format!(" in {}", place_of(place))).unwrap_or_default();
+            writeln!(out, "decided by {rule}{place}")?;
         }
-        if let Some(remedy) = decision.remedy {
+        for change in &changes {
+            let place =
+                change.place.as_ref().map(|place| format!(" in {}", place_of(place))).unwrap_or_default();
+            writeln!(out, "to allow it: {}{place}", change.what)?;
+        }
+        if let Some(remedy) = decision.remedy.filter(|_| changes.is_empty()) {
             writeln!(out, "to allow it: {remedy}")?;
         }
     }
     Ok(if allowed { DONE } else { NO })
+}
+
+/// IP protocol number, and the port as policy has it.
+fn destination_port(args: &ExplainArgs, destination: IpAddr) -> Result<(u8, u16), Failure> {
+    let usage = |message: &str| Failure::usage(anyhow::anyhow!("{message}"));
+    let protocol = match args.protocol {
+        IpProtocol::Icmp => {
+            let kind =
+                u8::try_from(args.port).map_err(|_| usage("--port is the message type of icmp: 0 to 255"))?;
+            return Ok((if destination.is_ipv4() { 1 } else { 58 }, icmp_port(kind)));
+        }
+        IpProtocol::Tcp => 6,
+        IpProtocol::Udp => 17,
+        IpProtocol::Sctp => 132,
+    };
+    match args.port {
+        0 => Err(usage("--port is a number from 1 to 65535")),
+        port => Ok((protocol, port)),
+    }
 }
 
 /// All objects, and the files that could not be read.

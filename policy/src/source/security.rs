@@ -32,6 +32,8 @@ pub struct AuthorizationPolicy {
     pub selector: Selector,
     pub action: Action,
     pub rules: Vec<Rule>,
+    /// Line of each rule's begin.
+    pub lines: Vec<u32>,
     /// `istio.io/dry-run: "true"`: recorded, never enforced.
     pub dry_run: bool,
 }
@@ -59,8 +61,13 @@ pub(super) fn authorization_policy(
     out: &mut Findings,
 ) -> AuthorizationPolicy {
     let dry_run = meta.annotations.get("istio.io/dry-run").is_some_and(|value| value == "true");
-    let mut policy =
-        AuthorizationPolicy { selector: Selector::new(), action: Action::Allow, rules: Vec::new(), dry_run };
+    let mut policy = AuthorizationPolicy {
+        selector: Selector::new(),
+        action: Action::Allow,
+        rules: Vec::new(),
+        lines: Vec::new(),
+        dry_run,
+    };
     let Some(spec) = spec else { return policy };
     let mut spec = spec.fields(out);
     policy.selector = selector(&mut spec, out);
@@ -90,6 +97,7 @@ pub(super) fn authorization_policy(
         let message = "a DENY policy without rules denies nothing; write `rules: [{}]` to deny everything";
         out.add(Severity::Warning, spec.at.node.line, "spec", message);
     }
+    policy.lines = rules.iter().map(|at| at.node.line).collect();
     policy.rules = rules.iter().map(|at| rule(meta, at, out)).collect();
     spec.finish(out);
     policy

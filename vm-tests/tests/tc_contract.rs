@@ -9,7 +9,8 @@ const TEXT: &str = "THE-KNOWN-TEXT-in-a-raw-packet";
 
 /// Sends a hand-made packet and expects the socket call itself to work.
 fn raw(from: &Pod, words: &str) {
-    let result = process::load(&from.place, &format!("raw {words} --text {TEXT}"));
+    // Three times, so that half a packet has it whole.
+    let result = process::load(&from.place, &format!("raw {words} --text {TEXT}{TEXT}{TEXT}"));
     assert_eq!(result["errors"], serde_json::json!([]), "{words}: {result}");
 }
 

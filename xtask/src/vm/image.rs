@@ -60,13 +60,13 @@ impl Programs {
     /// The archive for a kernel whose modules are in `dir`.
     pub(crate) fn image(&self, dir: &Path) -> Result<Vec<u8>> {
         let mut cpio = Cpio::new();
-        for dir in ["/proc", "/sys", "/dev", "/run/netns", "/tmp", "/etc/ssl", "/var/lib", "/root"] {
+        for dir in ["/proc", "/sys", "/dev", "/run/netns", "/tmp", "/var/lib", "/root"] {
             cpio.dir(dir);
         }
         cpio.link("/var/run", "/run");
         cpio.device("/dev/console", 5, 1);
         cpio.device("/dev/null", 1, 3);
-        cpio.file("/etc/ssl/openssl.cnf", b"[req]\ndistinguished_name = dn\n[dn]\n");
+        cpio.file("/usr/lib/ssl/openssl.cnf", b"[req]\ndistinguished_name = dn\n[dn]\n");
         // The scenario that loads the object reaches it by way of its package's directory.
         cpio.dir(&tree::root().join("vm-tests").display().to_string());
         for (path, bytes) in &self.files {

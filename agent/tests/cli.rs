@@ -90,6 +90,12 @@ spec:
     assert_eq!(code, Some(2));
     assert!(stderr.contains("shop/nobody"), "{stderr}");
 
+    let idle = manifests.replace("app: db}}\n  rules", "app: bd}}\n  rules");
+    fs::write(dir.path().join("mesh.yaml"), idle).expect("written");
+    let (code, stdout, _) = weft(&["policy", "check", path]);
+    assert_eq!(code, Some(0), "a warning is no refusal: {stdout}");
+    assert!(stdout.contains("selects no workload"), "{stdout}");
+
     fs::write(dir.path().join("typo.yaml"), manifests.replace("selector:", "selectr:")).expect("written");
     let (code, stdout, _) = weft(&["policy", "check", path]);
     assert_eq!(code, Some(1));

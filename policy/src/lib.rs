@@ -17,6 +17,7 @@ pub mod compile;
 pub mod error;
 pub mod eval;
 pub mod explain;
+pub mod lint;
 pub mod model;
 pub mod source;
 pub mod store;

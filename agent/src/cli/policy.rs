@@ -6,6 +6,7 @@ use std::path::Path;
 
 use clap::ValueEnum;
 use serde_json::json;
+use weft_policy::lint::lint;
 use weft_policy::model::layer::icmp_port;
 use weft_policy::{Explanation, Flow, Model, ObjectStore, Origin, Peer, Severity, Verdict, Workload};
 
@@ -24,7 +25,10 @@ pub(super) fn run(command: &PolicyCommand) -> Result<u8, Failure> {
 /// One line per problem, errors and warnings and notes; 1 if there is an error.
 fn check(dir: &Path, policy: &PolicyArgs, output: Output) -> Result<u8, Failure> {
     let (store, unreadable) = read(dir)?;
-    let problems = store.check(settings(&policy.trust_domain, policy.default_deny));
+    let model = store.model(settings(&policy.trust_domain, policy.default_deny));
+    let mut problems: Vec<_> = store.problems().chain(model.problems()).cloned().collect();
+    problems.extend(lint(&store, &model));
+    problems.sort();
     let mut out = io::stdout().lock();
     if output == Output::Json {
         let unreadable = unreadable.iter().map(|(file, why)| {

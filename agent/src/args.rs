@@ -310,7 +310,7 @@ mod tests {
             &["weft", "frobnicate"],
             &["weft", "agent", "--node", "n", "--manifests", "d", "--metrics", "nowhere"],
             &["weft", "agent", "--node", "n", "--manifests", "d", "--ca", "https://ca:15012"],
-            &["weft", "policy", "explain", "d", "--from", "a/b", "--to", "c/d", "--port", "0"],
+            &["weft", "policy", "explain", "d", "--from", "a/b", "--to", "c/d", "--port", "65536"],
         ] {
             let error = Cli::try_parse_from(line).expect_err("the line is wrong");
             assert_eq!(error.exit_code(), 2);

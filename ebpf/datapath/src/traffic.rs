@@ -223,16 +223,15 @@ fn flow<T: Flows, P: Packet>(tables: &T, hook: &Hook, packet: &P, work: &mut Wor
             hook,
             own,
             work,
-            if sender_began { Origin::Sender } else { Origin::Receiver },
-            How::Followed,
+            (if sender_began { Origin::Sender } else { Origin::Receiver }, How::Followed),
         )
     } else if tcp && !opens && tcp_flags & SYN != 0 {
-        judge(tables, hook, own, work, Origin::Receiver, How::New)
+        judge(tables, hook, own, work, (Origin::Receiver, How::New))
     } else {
-        judge(tables, hook, own, work, Origin::Sender, if forgotten { How::Forgotten } else { How::New })
+        judge(tables, hook, own, work, (Origin::Sender, if forgotten { How::Forgotten } else { How::New }))
     };
     if verdict.is_err() && forgotten {
-        verdict = judge(tables, hook, own, work, Origin::Receiver, How::Forgotten);
+        verdict = judge(tables, hook, own, work, (Origin::Receiver, How::Forgotten));
     }
     work.judged = true;
     work.state.revision = revision;
@@ -264,14 +263,15 @@ enum How {
 }
 
 /// The verdict on a flow in the originator's sense, left in `work.state`.
+///
+/// Five parameters at most: kernel 7.2 believes the debug information about a sixth and refuses the call.
 #[cfg_attr(target_arch = "bpf", inline(never))]
 fn judge<T: Flows>(
     tables: &T,
     hook: &Hook,
     own: &Iface,
     work: &mut Work,
-    origin: Origin,
-    how: How,
+    (origin, how): (Origin, How),
 ) -> Result<(), Reason> {
     let from = hook.direction == FROM;
     let outgoing = matches!(origin, Origin::Sender) == from;

@@ -169,6 +169,9 @@ fn a_bank_is_switched_as_a_whole() {
     world.policy.borrow_mut().insert(key, PolicyValue { verdict: DENY, rule: 0 });
     assert_eq!(world.receives(IF_B, IF_A, &data_from_a()), KNOWN);
     assert_eq!(connect(&world), KNOWN);
+    // Current, it decides alone: what the former bank allows is forgotten.
+    world.revision.set(world.revision.get() + 1);
+    assert_eq!(world.receives(IF_B, IF_A, &data_from_a()), Err(Reason::Policy));
 }
 
 #[test]

@@ -17,6 +17,8 @@ use nix::libc;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
+use crate::kernel::{cookie, sys};
+
 /// The namespace of the calling thread, whichever process forked it.
 const OWN: &str = "/proc/thread-self/ns/net";
 
@@ -70,22 +72,13 @@ fn inside<T>(target: &File, work: impl FnOnce() -> T) -> io::Result<T> {
     Ok(done)
 }
 
-/// The cookie of the calling thread's namespace. Since Linux 5.14; before, the error is `ENOPROTOOPT`.
+/// The cookie of the calling thread's namespace: asked of a socket (Linux 5.14), or of a program where sockets do not know.
 pub fn own_cookie() -> io::Result<u64> {
     let probe = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    let mut cookie = 0_u64;
-    let mut len = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: `cookie` and `len` are live and writable, and `len` says how large `cookie` is.
-    let result = unsafe {
-        libc::getsockopt(
-            probe.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_NETNS_COOKIE,
-            (&raw mut cookie).cast(),
-            &raw mut len,
-        )
-    };
-    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+    match sys::socket_option(probe.as_raw_fd(), libc::SO_NETNS_COOKIE) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => cookie::own(),
+        asked => asked,
+    }
 }
 
 #[cfg(test)]

@@ -103,7 +103,10 @@ impl Kernel {
         adopt(&maps, &directory)?;
 
         let names = HOOKS.iter().map(|(name, _)| *name).chain([FROM_WORKLOAD, TO_WORKLOAD]);
-        let programs = names.map(|name| load_program(&mut object, name)).collect::<Result<_>>()?;
+        let programs: Vec<Loaded> =
+            names.map(|name| load_program(&mut object, name)).collect::<Result<_>>()?;
+        let tcx = programs.iter().any(|loaded| loaded.name == TO_WORKLOAD && sys::has_tcx(loaded.fd.as_fd()));
+        let features = features | if tcx { config::TCX } else { 0 };
         let agent_sk = Table::open(&directory, map::AGENT_SK)?;
         Ok(Kernel { maps, features, agent_sk, pins, programs })
     }
@@ -177,6 +180,7 @@ impl Kernel {
                 links.push((name, self.programs.iter().any(|loaded| loaded.id == info.program)));
             }
         }
+        links.extend(self.filters()?);
         Ok(links)
     }
 
@@ -188,7 +192,7 @@ impl Kernel {
             .map_err(|error| Error::Object(format!("{}: {error}", path.display())))
     }
 
-    fn program(&self, name: &str) -> &Loaded {
+    pub(crate) fn program(&self, name: &str) -> &Loaded {
         self.programs
             .iter()
             .find(|loaded| loaded.name == name)

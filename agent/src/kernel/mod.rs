@@ -5,6 +5,7 @@
 //! every sync compares with what is there and writes the difference, at start as later.
 
 mod attach;
+pub(crate) mod cookie;
 mod datapath;
 pub mod destroy;
 pub mod enrol;
@@ -20,7 +21,7 @@ pub mod pins;
 pub mod services;
 pub mod state;
 pub mod sync;
-mod sys;
+pub(crate) mod sys;
 
 pub use error::{Error, Result};
 pub use load::Kernel;

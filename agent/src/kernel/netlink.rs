@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::libc;
 use nix::sys::socket::{
@@ -115,6 +115,47 @@ impl Netlink {
         self.request(SOCK_DESTROY, libc::NLM_F_ACK as u16, &request).map_or_else(gone, |_| Ok(true))
     }
 
+    /// Puts a program at a place of the interface's clsact qdisc, which is made where there is none. A filter of ours that
+    /// is there already changes its program at once; no packet sees neither.
+    pub(crate) fn put_filter(&mut self, filter: &Filter, program: BorrowedFd<'_>) -> io::Result<()> {
+        let (create, ack) = (libc::NLM_F_CREATE as u16, libc::NLM_F_ACK as u16);
+        let qdisc = traffic_message(filter.ifindex, CLSACT_HANDLE, CLSACT, 0, "clsact", &[]);
+        let made = self.request(libc::RTM_NEWQDISC, create | libc::NLM_F_EXCL as u16 | ack, &qdisc);
+        if let Err(error) = made
+            && error.raw_os_error() != Some(libc::EEXIST)
+        {
+            return Err(error);
+        }
+        let mut options = Vec::new();
+        put_attribute(&mut options, TCA_BPF_FD, &(program.as_raw_fd()).to_ne_bytes());
+        put_attribute(&mut options, TCA_BPF_NAME, format!("{}\0", filter.name).as_bytes());
+        put_attribute(&mut options, TCA_BPF_FLAGS, &DIRECT_ACTION.to_ne_bytes());
+        self.request(libc::RTM_NEWTFILTER, create | ack, &filter.message(&options)).map(drop)
+    }
+
+    /// The number of the program that a filter of ours runs; `None` when there is no such filter.
+    pub(crate) fn filter_program(&mut self, filter: &Filter) -> io::Result<Option<u32>> {
+        let flags = libc::NLM_F_DUMP as u16;
+        let body = traffic_message(filter.ifindex, 0, filter.parent, 0, "", &[]);
+        let found = match self.request(libc::RTM_GETTFILTER, flags, &body) {
+            Err(error) if is_gone(&error) => return Ok(None),
+            found => found?,
+        };
+        Ok(found.iter().find_map(|body| filter.program_in(body)))
+    }
+
+    /// Removes a filter of ours; nothing happens when there is none, or no such interface.
+    pub(crate) fn remove_filter(&mut self, filter: &Filter) -> io::Result<()> {
+        // Somebody else's filter at the same place is not ours to remove.
+        if self.filter_program(filter)?.is_none() {
+            return Ok(());
+        }
+        match self.request(libc::RTM_DELTFILTER, libc::NLM_F_ACK as u16, &filter.message(&[])) {
+            Err(error) if is_gone(&error) => Ok(()),
+            removed => removed.map(drop),
+        }
+    }
+
     /// Sends a request and gathers the bodies of its answers.
     fn request(&mut self, kind: u16, flags: u16, body: &[u8]) -> io::Result<Vec<Vec<u8>>> {
         self.sequence += 1;
@@ -151,6 +192,84 @@ impl Netlink {
             }
         }
     }
+}
+
+/// A program's place in the traffic control of an interface.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Filter {
+    pub(crate) ifindex: u32,
+    /// [`INGRESS`] or [`EGRESS`].
+    pub(crate) parent: u32,
+    /// The program's.
+    pub(crate) name: &'static str,
+}
+
+/// The sides of a clsact qdisc (`linux/pkt_sched.h`).
+pub(crate) const INGRESS: u32 = 0xffff_fff2;
+pub(crate) const EGRESS: u32 = 0xffff_fff3;
+const CLSACT: u32 = 0xffff_fff1;
+const CLSACT_HANDLE: u32 = 0xffff_0000;
+/// Priority (before those that plugins of the container network choose for themselves at the end of the range) and
+/// handle of weft's filters; together with the name they say that a filter is weft's.
+const PRIORITY: u32 = 15008;
+const HANDLE: u32 = 0x3a90;
+const TCA_KIND: u16 = 1;
+const TCA_OPTIONS: u16 = 2;
+// linux/pkt_cls.h
+const TCA_BPF_FD: u16 = 6;
+const TCA_BPF_NAME: u16 = 7;
+const TCA_BPF_FLAGS: u16 = 8;
+const TCA_BPF_ID: u16 = 11;
+const DIRECT_ACTION: u32 = 1;
+
+impl Filter {
+    fn message(&self, options: &[u8]) -> Vec<u8> {
+        traffic_message(self.ifindex, HANDLE, self.parent, filter_info(), "bpf", options)
+    }
+
+    /// The program's number, if this filter is the one in the message.
+    fn program_in(&self, body: &[u8]) -> Option<u32> {
+        let is = |offset: usize, wanted| body.get(offset..).and_then(number) == Some(wanted);
+        if !(is(4, self.ifindex) && is(8, HANDLE) && is(16, filter_info())) {
+            return None;
+        }
+        let (_, options) = attributes(body.get(20..)?).find(|(kind, _)| *kind == TCA_OPTIONS)?;
+        let (_, name) = attributes(options).find(|(kind, _)| *kind == TCA_BPF_NAME)?;
+        let (_, id) = attributes(options).find(|(kind, _)| *kind == TCA_BPF_ID)?;
+        if name.strip_suffix(b"\0") == Some(self.name.as_bytes()) { number(id) } else { None }
+    }
+}
+
+/// `tcm_info` of a filter: priority, and the protocol (all) in network order.
+fn filter_info() -> u32 {
+    PRIORITY << 16 | u32::from((libc::ETH_P_ALL as u16).to_be())
+}
+
+/// `struct tcmsg` with a kind and options.
+fn traffic_message(ifindex: u32, handle: u32, parent: u32, info: u32, kind: &str, options: &[u8]) -> Vec<u8> {
+    let mut body = vec![0; 4]; // any family, padded
+    for word in [ifindex, handle, parent, info] {
+        body.extend(word.to_ne_bytes());
+    }
+    if !kind.is_empty() {
+        put_attribute(&mut body, TCA_KIND, format!("{kind}\0").as_bytes());
+    }
+    if !options.is_empty() {
+        put_attribute(&mut body, TCA_OPTIONS, options);
+    }
+    body
+}
+
+fn put_attribute(body: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    body.extend(((4 + value.len()) as u16).to_ne_bytes());
+    body.extend(kind.to_ne_bytes());
+    body.extend(value);
+    body.resize(body.len().next_multiple_of(4), 0);
+}
+
+/// No such filter, qdisc or interface.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::EINVAL))
 }
 
 fn message_wants_no_ack(message: &[u8]) -> bool {

@@ -16,7 +16,7 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use weft_datapath::abi::ABI;
 
 use super::error::{Error, Result};
-use super::sys;
+use super::{attach, sys};
 
 /// The pin directory, locked.
 #[derive(Debug)]
@@ -85,7 +85,7 @@ impl Pins {
 /// Removes every link and map that weft pinned below `root`, of any ABI, and the directories. Links go first, so that
 /// no program runs on while its maps disappear. Doing it twice, or on nothing, is not an error.
 ///
-/// Clsact filters, which have no pin, are found by the interfaces in `weft_iface`; attaching them is not built yet.
+/// Clsact filters, which have no pin, are found by the interfaces in `weft_iface`.
 pub fn detach(root: &Path) -> Result<()> {
     if !root.exists() {
         return Ok(());
@@ -95,6 +95,7 @@ pub fn detach(root: &Path) -> Result<()> {
         for link in paths(&version.1.join("links"))? {
             remove_link(&link)?;
         }
+        attach::detach_filters(&version.1.join("maps"))?;
         for part in ["links", "maps"] {
             let directory = version.1.join(part);
             match fs::remove_dir_all(&directory) {

@@ -14,6 +14,7 @@ use std::path::Path;
 use nix::libc;
 use weft_datapath::abi::Shared;
 
+const MAP_CREATE: u32 = 0;
 const MAP_LOOKUP_ELEM: u32 = 1;
 const MAP_UPDATE_ELEM: u32 = 2;
 const MAP_DELETE_ELEM: u32 = 3;
@@ -30,6 +31,7 @@ const LINK_DETACH: u32 = 34;
 
 /// Attach types (`enum bpf_attach_type`) of the hooks that weft uses.
 pub(crate) mod attach {
+    pub(crate) const INET_SOCK_CREATE: u32 = 2;
     pub(crate) const SOCK_OPS: u32 = 3;
     pub(crate) const BIND4: u32 = 8;
     pub(crate) const BIND6: u32 = 9;
@@ -352,6 +354,89 @@ pub(crate) fn has_helper(Probe(kind, attach, helper): Probe) -> bool {
     };
     // SAFETY: layout of PROG_LOAD; instructions and licence outlive the call.
     unsafe { bpf_fd(PROG_LOAD, &mut attr) }.is_ok()
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct MapCreate {
+    kind: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    flags: u32,
+}
+
+/// A map from socket cookies to cookies of network namespaces.
+pub(crate) fn create_cookie_map() -> io::Result<OwnedFd> {
+    const LRU_HASH: u32 = 9;
+    let mut attr =
+        MapCreate { kind: LRU_HASH, key_size: 8, value_size: 8, max_entries: 4096, ..MapCreate::default() };
+    // SAFETY: layout of MAP_CREATE; no pointers.
+    unsafe { bpf_fd(MAP_CREATE, &mut attr) }
+}
+
+/// A program for the creation of sockets that notes in `map`, by each socket's cookie, that of its network namespace.
+pub(crate) fn load_cookie_recorder(map: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    const CGROUP_SOCK: u32 = 9;
+    const MAP_UPDATE: u32 = 2;
+    const GET_SOCKET_COOKIE: u32 = 46;
+    const GET_NETNS_COOKIE: u32 = 122;
+    let code = |code: u8, dst: u8, src: u8, offset: i16, immediate: u32| {
+        u64::from(code)
+            | u64::from(src << 4 | dst) << 8
+            | u64::from(offset as u16) << 16
+            | u64::from(immediate) << 32
+    };
+    let call = |helper| code(0x85, 0, 0, 0, helper);
+    let copy = |dst, src| code(0xbf, dst, src, 0, 0);
+    let set = |dst, value: i32| code(0xb7, dst, 0, 0, value as u32);
+    let add = |dst, value: i32| code(0x07, dst, 0, 0, value as u32);
+    let store = |offset: i16, src| code(0x7b, 10, src, offset, 0);
+    let instructions = [
+        copy(6, 1),
+        call(GET_SOCKET_COOKIE),
+        store(-8, 0),
+        copy(1, 6),
+        call(GET_NETNS_COOKIE),
+        store(-16, 0),
+        code(0x18, 1, 1, 0, map.as_raw_fd() as u32), // r1 = the map, an instruction of two words
+        0,
+        copy(2, 10),
+        add(2, -8),
+        copy(3, 10),
+        add(3, -16),
+        set(4, 0),
+        call(MAP_UPDATE),
+        set(0, 1), // every socket may be created
+        code(0x95, 0, 0, 0, 0),
+    ];
+    let mut attr = ProgLoad {
+        kind: CGROUP_SOCK,
+        instruction_count: instructions.len() as u32,
+        instructions: instructions.as_ptr() as u64,
+        license: c"Dual MIT/GPL".as_ptr() as u64,
+        attach: attach::INET_SOCK_CREATE,
+        ..ProgLoad::default()
+    };
+    // SAFETY: layout of PROG_LOAD; instructions and licence outlive the call.
+    unsafe { bpf_fd(PROG_LOAD, &mut attr) }
+}
+
+/// A socket option of 64 bits.
+pub(crate) fn socket_option(socket: std::os::fd::RawFd, option: libc::c_int) -> io::Result<u64> {
+    let mut value = 0_u64;
+    let mut len = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: `value` and `len` are live and writable, and `len` says how large `value` is.
+    let result =
+        unsafe { libc::getsockopt(socket, libc::SOL_SOCKET, option, (&raw mut value).cast(), &raw mut len) };
+    if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Does this kernel have TCX links (6.6)? Attaching to an interface that cannot exist is refused for the interface
+/// where it does, for the kind of link where it does not.
+pub(crate) fn has_tcx(program: BorrowedFd<'_>) -> bool {
+    let refused = link_create(program, 0, attach::TCX_INGRESS);
+    refused.is_err_and(|error| error.raw_os_error() == Some(libc::ENODEV))
 }
 
 #[repr(C)]

@@ -159,6 +159,7 @@ impl Desk {
                 "netns cookie in sock_ops (5.15)",
                 "accepted connections are not counted without it",
             ),
+            (config::TCX, "TCX links (6.6)", "clsact filters hold the TC programs without it"),
         ]
         .into_iter()
         .map(|(bit, name, note)| Feature {

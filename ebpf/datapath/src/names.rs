@@ -28,6 +28,8 @@ pub mod config {
     pub const SET_RETVAL: u32 = 1 << 0;
     /// `bpf_get_netns_cookie` exists in sock_ops programs (5.15): accepted connections are counted.
     pub const SOCKOPS_NETNS: u32 = 1 << 1;
+    /// TCX links (6.6) hold the TC programs; clsact filters do without them. Of no interest to programs.
+    pub const TCX: u32 = 1 << 2;
     /// Name of the programs' read-only global that holds the feature bits; the loader sets it, so that the verifier
     /// never sees calls that this kernel lacks.
     pub const GLOBAL: &str = "WEFT_FEATURES";

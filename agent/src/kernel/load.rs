@@ -242,10 +242,16 @@ fn program_error(program: &'static str, error: ProgramError) -> Error {
         ProgramError::LoadError { io_error, verifier_log } => match io_error.raw_os_error() {
             Some(libc::EPERM) => Error::Permission { what: format!("program {program}") },
             Some(libc::ENOMEM) => Error::Memory,
-            // The last lines of the log say what the verifier disliked.
+            // The last lines of the log say what the verifier disliked; behind them come figures.
             _ => {
                 let log = verifier_log.to_string();
-                let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
+                let figures = |line: &str| {
+                    ["verification time ", "stack depth ", "processed "]
+                        .iter()
+                        .any(|word| line.starts_with(word))
+                };
+                let lines: Vec<&str> =
+                    log.lines().filter(|line| !line.trim().is_empty() && !figures(line)).collect();
                 let reason = lines[lines.len().saturating_sub(3)..].join("; ");
                 Error::Program { program, reason: format!("{io_error}: {reason}") }
             }

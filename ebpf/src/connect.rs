@@ -40,29 +40,15 @@ pub fn connect<const SIX: bool>(ctx: SockAddr<SIX>) -> i32 {
     unsafe { bpf_sk_storage_delete(maps::ORIG_SK.as_ptr(), sk.cast()) };
     let dial = Dial { dst: ctx.addr(), port: ctx.port(), protocol };
     let plan = decide(&Maps, &caller, &dial, pick);
-    let (mode, target, port) = match plan.action {
+    let (target, port) = match plan.action {
         Action::Pass => return PASS,
         // Nothing is rewritten, and sockops finds both identities by itself where it can.
         Action::Direct if plan.service == 0 && features() & config::SOCKOPS_NETNS != 0 => return PASS,
-        Action::Direct => (MODE_DIRECT, plan.backend.addr, plan.backend.port),
-        Action::Capture => {
-            (MODE_CAPTURE, if is_v4(&dial.dst) { LOOPBACK_V4 } else { LOOPBACK_V6 }, OUTBOUND_PORT)
-        }
+        Action::Direct => (plan.backend.addr, plan.backend.port),
+        Action::Capture => (if is_v4(&dial.dst) { LOOPBACK_V4 } else { LOOPBACK_V6 }, OUTBOUND_PORT),
         Action::Refuse(reason) => return refuse(event::CONNECT, &caller, &dial, &plan, reason),
     };
-    let mut orig = OrigDst {
-        netns_cookie: cookie,
-        dst: dial.dst,
-        backend: plan.backend.addr,
-        source: caller.identity,
-        destination: plan.destination,
-        dst_port: dial.port,
-        backend_port: plan.backend.port,
-        mode,
-        service: plan.service,
-        pad: 0,
-    };
-    if storage(maps::ORIG_SK.as_ptr(), sk, &mut orig).is_null() {
+    if !remember(sk, cookie, caller.identity, &dial, &plan) {
         return refuse(event::CONNECT, &caller, &dial, &plan, Reason::StorageFull);
     }
     if protocol == UDP && plan.service != 0 && !remember_udp(sk, &dial, &plan.backend) {
@@ -73,6 +59,25 @@ pub fn connect<const SIX: bool>(ctx: SockAddr<SIX>) -> i32 {
     } else {
         refuse(event::CONNECT, &caller, &dial, &plan, Reason::NoBackend)
     }
+}
+
+/// Notes with the socket what it dialled and where that leads. A function of its own, because older kernels (6.1) add up
+/// the frames of a call chain in steps of 32 bytes, and `decide` needs most of the 512 below [`connect`].
+#[inline(never)]
+fn remember(sk: *mut bpf_sock, netns_cookie: u64, source: u32, dial: &Dial, plan: &Plan) -> bool {
+    let mut orig = OrigDst {
+        netns_cookie,
+        dst: dial.dst,
+        backend: plan.backend.addr,
+        source,
+        destination: plan.destination,
+        dst_port: dial.port,
+        backend_port: plan.backend.port,
+        mode: if plan.action == Action::Direct { MODE_DIRECT } else { MODE_CAPTURE },
+        service: plan.service,
+        pad: 0,
+    };
+    !storage(maps::ORIG_SK.as_ptr(), sk, &mut orig).is_null()
 }
 
 const LOOPBACK_V4: Addr = v4([127, 0, 0, 1]);

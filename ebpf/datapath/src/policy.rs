@@ -110,19 +110,29 @@ pub fn decide_in<T: Tables>(tables: &T, bank: u32, access: &Access) -> PolicyVal
 /// May this flow come to its destination? What is no workload asks nothing.
 #[inline(always)]
 pub fn ingress<T: Tables>(tables: &T, bank: u32, access: &Access) -> PolicyValue {
-    if access.destination < FIRST_WORKLOAD {
-        return ALLOWED;
-    }
-    let Some(Subject { flags, .. }) = tables.subject(bank, access.destination) else { return REFUSED };
-    let mut key = question(bank, access, access.destination, access.source);
-    let mut found = REFUSED;
-    rows(tables, flags, &access.source_addr, &mut key, &mut found);
-    found
+    ingress_in(tables, bank, access, &mut Search::default())
 }
 
 /// May its source begin this flow? What is no workload may.
 #[inline(always)]
 pub fn egress<T: Tables>(tables: &T, bank: u32, access: &Access) -> PolicyValue {
+    egress_in(tables, bank, access, &mut Search::default())
+}
+
+/// As [`ingress`], with the memory to search in.
+#[inline(always)]
+pub fn ingress_in<T: Tables>(tables: &T, bank: u32, access: &Access, search: &mut Search) -> PolicyValue {
+    if access.destination < FIRST_WORKLOAD {
+        return ALLOWED;
+    }
+    let Some(Subject { flags, .. }) = tables.subject(bank, access.destination) else { return REFUSED };
+    search.key = question(bank, access, access.destination, access.source);
+    rows(tables, flags, &access.source_addr, search)
+}
+
+/// As [`egress`], with the memory to search in.
+#[inline(always)]
+pub fn egress_in<T: Tables>(tables: &T, bank: u32, access: &Access, search: &mut Search) -> PolicyValue {
     if access.source < FIRST_WORKLOAD {
         return ALLOWED;
     }
@@ -130,11 +140,9 @@ pub fn egress<T: Tables>(tables: &T, bank: u32, access: &Access) -> PolicyValue 
     if flags & EGRESS == 0 {
         return ALLOWED;
     }
-    let mut key = question(bank, access, access.source, access.destination);
-    key.kind = OUTWARD;
-    let mut found = REFUSED;
-    rows(tables, flags >> EGRESS_SHIFT, &access.destination_addr, &mut key, &mut found);
-    found
+    search.key = question(bank, access, access.source, access.destination);
+    search.key.kind = OUTWARD;
+    rows(tables, flags >> EGRESS_SHIFT, &access.destination_addr, search)
 }
 
 /// Who stands behind an address, for egress rules: the workload that owns it, if `owner` is one, the node, or nobody known.
@@ -148,59 +156,92 @@ fn question(bank: u32, access: &Access, subject: u32, peer: u32) -> PolicyKey {
     PolicyKey { bank, subject, peer, class: 0, port: access.port, protocol: access.protocol, kind: 0 }
 }
 
-/// The first row that exists. `key` is the whole question; nothing is found, and `found` left alone, without an answer.
+/// A question to the rows, and the answer. The TC programs keep it in a map's memory, whose contents the verifier does not
+/// follow: on the stack it would walk [`search`] once for each combination of what it knows to be zero.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Search {
+    key: PolicyKey,
+    class: u32,
+    range: u32,
+    port: u16,
+    protocol: u8,
+    kind: u8,
+    found: PolicyValue,
+}
+
+/// The first row that exists decides; without one the answer is no.
 #[inline(always)]
-fn rows<T: Tables>(tables: &T, flags: u32, peer: &Addr, key: &mut PolicyKey, found: &mut PolicyValue) {
-    let class = if flags & BY_CLASS != 0 { tables.class(key.bank, peer) } else { 0 };
-    let range = if flags & BY_RANGE != 0 { tables.class(key.bank | PORTS, &port_addr(key.port)) } else { 0 };
-    if flags & BY_PROTOCOL == 0 {
-        if !matches!(key.protocol, TCP | UDP | SCTP) {
-            key.port = 0;
-        }
-        key.protocol = 0;
-    }
-    let protocol = key.protocol;
-    let port = key.port;
-    let kind = key.kind;
+fn rows<T: Tables>(tables: &T, flags: u32, peer: &Addr, asked: &mut Search) -> PolicyValue {
+    let Search { key, class, range, port, protocol, kind, found } = asked;
+    *found = REFUSED;
+    *class = if flags & BY_CLASS != 0 { tables.class(key.bank, peer) } else { 0 };
+    *range = if flags & BY_RANGE != 0 { tables.class(key.bank | PORTS, &port_addr(key.port)) } else { 0 };
+    let by_protocol = flags & BY_PROTOCOL != 0;
+    *port = if by_protocol || matches!(key.protocol, TCP | UDP | SCTP) { key.port } else { 0 };
+    *protocol = if by_protocol { key.protocol } else { 0 };
+    *kind = key.kind;
+    search(tables, asked);
+    asked.found
+}
+
+/// Asks row by row: the peer's by the class of its address, then without; then those of any peer.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn search<T: Tables>(tables: &T, asked: &mut Search) {
     let mut turn = 0;
     while turn < 4 {
         if turn == 2 {
-            key.peer = ANY;
+            asked.key.peer = ANY;
         }
-        key.class = if turn & 1 == 0 { class } else { 0 };
+        let classless = turn & 1 != 0;
         // Without a class the even turns ask all there is.
-        if turn & 1 == 0 || class != 0 {
-            key.port = port;
-            key.protocol = protocol;
-            if let Some(value) = tables.policy(key) {
-                *found = value;
-                return;
-            }
-            if range != 0 {
-                key.port = range as u16;
-                key.kind = kind | RANGE;
-                if let Some(value) = tables.policy(key) {
-                    *found = value;
-                    return;
-                }
-                key.kind = kind;
-            }
-            key.port = 0;
-            if port != 0
-                && let Some(value) = tables.policy(key)
-            {
-                *found = value;
-                return;
-            }
-            key.protocol = 0;
-            if protocol != 0
-                && let Some(value) = tables.policy(key)
-            {
-                *found = value;
+        if !classless || asked.class != 0 {
+            asked.key.class = if classless { 0 } else { asked.class };
+            if row(tables, asked) {
                 return;
             }
         }
         turn += 1;
+    }
+}
+
+/// Asks one row, from its narrowest entry to its widest. Every field is read anew, which keeps the verifier from following
+/// each combination of those that are zero through all that comes after.
+#[inline(always)]
+fn row<T: Tables>(tables: &T, asked: &mut Search) -> bool {
+    asked.key.port = asked.port;
+    asked.key.protocol = asked.protocol;
+    asked.key.kind = asked.kind;
+    if entry(tables, asked) {
+        return true;
+    }
+    if asked.range != 0 {
+        asked.key.port = asked.range as u16;
+        asked.key.kind |= RANGE;
+        if entry(tables, asked) {
+            return true;
+        }
+        asked.key.kind = asked.kind;
+    }
+    if asked.port != 0 {
+        asked.key.port = 0;
+        if entry(tables, asked) {
+            return true;
+        }
+    }
+    asked.key.port = 0;
+    asked.key.protocol = 0;
+    asked.protocol != 0 && entry(tables, asked)
+}
+
+#[inline(always)]
+fn entry<T: Tables>(tables: &T, asked: &mut Search) -> bool {
+    match tables.policy(&asked.key) {
+        Some(value) => {
+            asked.found = value;
+            true
+        }
+        None => false,
     }
 }
 

@@ -13,7 +13,7 @@ use crate::event::{FROM_WORKLOAD, TO_WORKLOAD};
 use crate::identity::{ANONYMOUS, NODE};
 use crate::names::TUNNEL_PORT;
 use crate::packet::{ACK, Kind, Packet, Parsed, Piece, PlainTcp, SYN, Tuple, parse, plain_tcp};
-use crate::policy::{self, ALLOW, Access, DENY, HTTP, Mode};
+use crate::policy::{self, ALLOW, Access, DENY, HTTP, Mode, Search};
 use crate::reason::Reason;
 use crate::tables::Tables;
 
@@ -61,6 +61,8 @@ pub struct Work {
     key: FlowKey,
     state: FlowState,
     event: Event,
+    question: Question,
+    search: Search,
     /// Is `state` that of this packet's flow?
     judged: bool,
 }
@@ -141,18 +143,60 @@ pub enum Passed {
     Accepted,
 }
 
-/// Who began a flow, as far as a packet shows.
+/// What [`classify`] leaves for [`judge`] and [`settle`], besides `work.key` and `work.state`. In memory, not in arguments
+/// or locals: the verifier walks a function once for each combination of values that it knows on the way there.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+struct Question {
+    /// Policy revision: one packet must not see two.
+    revision: u32,
+    /// Identity of the interface's workload.
+    own: u32,
+    /// Did the interface's workload begin the flow, as far as the packet shows?
+    outgoing: u32,
+    /// One of [`NEW`], [`FOLLOWED`], [`FORGOTTEN`].
+    how: u32,
+    /// Was there an entry?
+    known: u32,
+    /// Is the packet's interface the one that was shown to be the peer's?
+    shown: u32,
+}
+
+/// This packet opens the flow.
+const NEW: u32 = 0;
+/// `work.state` holds it, including who was verified to have begun it.
+const FOLLOWED: u32 = 1;
+/// It was there before, but its entry is gone, and with it who began it.
+const FORGOTTEN: u32 = 2;
+
+/// What a packet needs.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Origin {
-    /// The sender of this packet.
-    Sender,
-    /// Its receiver.
-    Receiver,
+enum Step {
+    /// Nothing more: it belongs to what was allowed.
+    Pass,
+    /// A verdict.
+    Judge,
 }
 
 /// Decides about a TCP, UDP or echo packet. Leaves the flow's state in `work.state` when it may pass.
 #[inline(always)]
 fn flow<T: Flows, P: Packet>(tables: &T, hook: &Hook, packet: &P, work: &mut Work) -> Result<Passed, Reason> {
+    let passed = match classify(tables, hook, packet, work)? {
+        Step::Pass => Passed::Known,
+        Step::Judge => settle(tables, hook, work)?,
+    };
+    remember_fragment(tables, hook, &work.parsed)?;
+    Ok(passed)
+}
+
+/// Finds out what a packet is part of, and refuses what no policy could allow.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn classify<T: Flows, P: Packet>(
+    tables: &T,
+    hook: &Hook,
+    packet: &P,
+    work: &mut Work,
+) -> Result<Step, Reason> {
     let from = hook.direction == FROM;
     let Parsed { tcp_flags, payload, piece, .. } = work.parsed;
     work.key = key(hook, &work.parsed.tuple);
@@ -161,7 +205,7 @@ fn flow<T: Flows, P: Packet>(tables: &T, hook: &Hook, packet: &P, work: &mut Wor
         work.state.own = tables.iface(hook.ifindex).ok_or(Reason::NotEnrolled)?.identity;
         work.state.peer = ANONYMOUS;
         let known = tables.fragment(&fragment_key(hook, &work.parsed));
-        return if known { Ok(Passed::Known) } else { Err(Reason::Fragment) };
+        return if known { Ok(Step::Pass) } else { Err(Reason::Fragment) };
     }
     let tcp = work.key.protocol == u32::from(TCP);
     let (own_port, peer_port) = (work.key.own_port, work.key.peer_port);
@@ -181,13 +225,9 @@ fn flow<T: Flows, P: Packet>(tables: &T, hook: &Hook, packet: &P, work: &mut Wor
     let shown = from || work.state.ingress == hook.ingress_ifindex;
     if known && !against && shown && work.state.revision == revision {
         work.judged = true;
-        if work.state.verdict != ALLOW {
-            return Err(refusal(work.state.verdict));
-        }
-        remember_fragment(tables, hook, &work.parsed)?;
-        return Ok(Passed::Known);
+        return if work.state.verdict == ALLOW { Ok(Step::Pass) } else { Err(refusal(work.state.verdict)) };
     }
-    let own = &tables.iface(hook.ifindex).ok_or(Reason::NotEnrolled)?;
+    let own = tables.iface(hook.ifindex).ok_or(Reason::NotEnrolled)?.identity;
     // Refused without a trace in the entry: a forged reply must not cut a living flow.
     if known && !against && !shown && work.state.origin == OUT {
         if !by_its_interface(tables, hook, &work.key.peer) {
@@ -197,8 +237,7 @@ fn flow<T: Flows, P: Packet>(tables: &T, hook: &Hook, packet: &P, work: &mut Wor
         if work.state.revision == revision && work.state.verdict == ALLOW {
             work.judged = true;
             tables.show_peer(&work.key, hook.ingress_ifindex);
-            remember_fragment(tables, hook, &work.parsed)?;
-            return Ok(Passed::Known);
+            return Ok(Step::Pass);
         }
     }
     if !tables.owns(&IfaceAddr { ifindex: hook.ifindex, addr: work.key.own })
@@ -214,140 +253,148 @@ fn flow<T: Flows, P: Packet>(tables: &T, hook: &Hook, packet: &P, work: &mut Wor
     if !followed {
         work.state.ingress = NOT_SEEN;
     }
+    // An answer (SYN and ACK) to what nobody remembers was asked for by its receiver.
+    let answers = tcp && !opens && tcp_flags & SYN != 0;
+    let sender_began = if followed { (work.state.origin == OUT) == from } else { !answers };
     // In the middle of a connection that was forgotten.
     let forgotten = tcp && !known && tcp_flags & SYN == 0;
-    let mut verdict = if followed {
-        let sender_began = (work.state.origin == OUT) == from;
-        judge(
-            tables,
-            hook,
-            own,
-            work,
-            (if sender_began { Origin::Sender } else { Origin::Receiver }, How::Followed),
-        )
-    } else if tcp && !opens && tcp_flags & SYN != 0 {
-        judge(tables, hook, own, work, (Origin::Receiver, How::New))
-    } else {
-        judge(tables, hook, own, work, (Origin::Sender, if forgotten { How::Forgotten } else { How::New }))
+    work.question = Question {
+        revision,
+        own,
+        outgoing: (sender_began == from).into(),
+        how: if followed {
+            FOLLOWED
+        } else if forgotten {
+            FORGOTTEN
+        } else {
+            NEW
+        },
+        known: known.into(),
+        shown: shown.into(),
     };
-    if verdict.is_err() && forgotten {
-        verdict = judge(tables, hook, own, work, (Origin::Receiver, How::Forgotten));
-    }
+    Ok(Step::Judge)
+}
+
+/// Asks for the verdict and records it.
+#[inline(always)]
+fn settle<T: Flows>(tables: &T, hook: &Hook, work: &mut Work) -> Result<Passed, Reason> {
+    let verdict = judge(tables, hook, work);
+    let from = hook.direction == FROM;
+    let Question { revision, how, known, shown, .. } = work.question;
     work.judged = true;
     work.state.revision = revision;
     if !from {
         work.state.ingress = hook.ingress_ifindex;
     }
-    if let Err(reason) = verdict {
-        // A living flow that is no longer allowed keeps its entry, so that its sense is not forgotten. Neither a SYN nor
-        // what comes in by another interface touches the entry of a living flow, or anybody could cut it.
-        if followed && shown {
-            tables.put_flow(&work.key, &work.state)?;
-        }
-        return Err(reason);
+    // A living flow that is no longer allowed keeps its entry, so that its sense is not forgotten. Neither a SYN nor what
+    // comes in by another interface touches the entry of a living flow, or anybody could cut it.
+    if verdict.is_ok() || (how == FOLLOWED && shown != 0) {
+        tables.put_flow(&work.key, &work.state)?;
     }
-    tables.put_flow(&work.key, &work.state)?;
-    remember_fragment(tables, hook, &work.parsed)?;
-    Ok(if !known && !from && work.state.origin == IN { Passed::Accepted } else { Passed::Known })
+    verdict?;
+    Ok(if known == 0 && !from && work.state.origin == IN { Passed::Accepted } else { Passed::Known })
 }
 
-/// How much is known of a flow that is judged.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum How {
-    /// This packet opens it.
-    New,
-    /// `work.state` holds it, including who was verified to have begun it.
-    Followed,
-    /// It was there before, but its entry is gone, and with it who began it.
-    Forgotten,
+/// The verdict on a flow in the originator's sense, left in `work.state`. Of a flow that was forgotten the sender of this
+/// packet may have been either: as the one who began it, or else as the one who answers.
+#[inline(always)]
+fn judge<T: Flows>(tables: &T, hook: &Hook, work: &mut Work) -> Result<(), Reason> {
+    // Written out by direction, which each program knows, so that each holds either function once.
+    if hook.direction == FROM {
+        if work.question.outgoing != 0 {
+            let verdict = outgoing(tables, hook, work);
+            if verdict.is_ok() || work.question.how != FORGOTTEN {
+                return verdict;
+            }
+        }
+        return incoming(tables, hook, work);
+    }
+    if work.question.outgoing == 0 {
+        let verdict = incoming(tables, hook, work);
+        if verdict.is_ok() || work.question.how != FORGOTTEN {
+            return verdict;
+        }
+    }
+    outgoing(tables, hook, work)
 }
 
-/// The verdict on a flow in the originator's sense, left in `work.state`.
-///
-/// Five parameters at most: kernel 7.2 believes the debug information about a sixth and refuses the call.
+/// The interface's workload began it.
 #[cfg_attr(target_arch = "bpf", inline(never))]
-fn judge<T: Flows>(
-    tables: &T,
-    hook: &Hook,
-    own: &Iface,
-    work: &mut Work,
-    (origin, how): (Origin, How),
-) -> Result<(), Reason> {
-    let from = hook.direction == FROM;
-    let outgoing = matches!(origin, Origin::Sender) == from;
-    let revision = tables.revision();
-    let Work { key, state, .. } = work;
-    // Where the originator wanted to go.
-    let port = if outgoing { key.peer_port } else { key.own_port };
+fn outgoing<T: Flows>(tables: &T, hook: &Hook, work: &mut Work) -> Result<(), Reason> {
+    let Work { key, state, search, question, .. } = work;
+    let bank = question.revision & 1;
+    let port = key.peer_port;
     let tunnel = key.protocol == u32::from(TCP) && port == TUNNEL_PORT;
-    state.own = own.identity;
-    state.verdict = DENY;
-    state.rule = 0;
-    state.origin = if outgoing { OUT } else { IN };
-    if outgoing {
-        if !from && !by_its_interface(tables, hook, &key.peer) {
-            return Err(Reason::SourceAddress);
-        }
-        state.peer = ANONYMOUS;
-        let mut here = false;
-        match tables.endpoint(&key.peer) {
-            Some(endpoint) => {
-                state.peer = endpoint.identity;
-                let clear = endpoint.ifindex == 0 && !tunnel;
-                if clear && policy::mode(tables, revision & 1, endpoint.identity, port) == Mode::Strict {
-                    return Err(Reason::ClearToStrict);
-                }
-                here = endpoint.ifindex != 0;
-            }
-            None if tables.inside(&key.peer) => return Err(Reason::UnknownInside),
-            None => {}
-        }
-        if tunnel {
-            state.verdict = ALLOW; // The agent asked for egress policy before it dialled.
-            return Ok(());
-        }
-        let (protocol, port) = asked(key, port);
-        let access = Access {
-            source: own.identity,
-            source_addr: key.own,
-            destination: policy::party(tables, state.peer, &key.peer),
-            destination_addr: key.peer,
-            protocol,
-            port,
-        };
-        let mut value = policy::egress(tables, revision & 1, &access);
-        // Normally the receiver's veth asks for its policy. But when nobody remembers who began the flow, it must not
-        // pass as one that its receiver would have refused to let begin.
-        if value.verdict == ALLOW && here && matches!(how, How::Forgotten) {
-            let inward = policy::ingress(tables, revision & 1, &access);
-            if inward.verdict != ALLOW {
-                value = inward;
-            }
-        }
-        state.verdict = value.verdict;
-        state.rule = value.rule;
-        return if value.verdict == ALLOW { Ok(()) } else { Err(refusal(value.verdict)) };
+    *state = FlowState { own: question.own, verdict: DENY, rule: 0, origin: OUT, ..*state };
+    if hook.direction != FROM && !by_its_interface(tables, hook, &key.peer) {
+        return Err(Reason::SourceAddress);
     }
-    if !from {
-        state.peer = sender(tables, hook, &key.peer);
-    } else if !matches!(how, How::Followed) {
-        state.peer = owner(tables, &key.peer);
+    state.peer = ANONYMOUS;
+    let mut here = false;
+    match tables.endpoint(&key.peer) {
+        Some(endpoint) => {
+            state.peer = endpoint.identity;
+            let clear = endpoint.ifindex == 0 && !tunnel;
+            if clear && policy::mode(tables, bank, endpoint.identity, port) == Mode::Strict {
+                return Err(Reason::ClearToStrict);
+            }
+            here = endpoint.ifindex != 0;
+        }
+        None if tables.inside(&key.peer) => return Err(Reason::UnknownInside),
+        None => {}
     }
     if tunnel {
+        state.verdict = ALLOW; // The agent asked for egress policy before it dialled.
+        return Ok(());
+    }
+    let (protocol, port) = asked(key, port);
+    let access = Access {
+        source: question.own,
+        source_addr: key.own,
+        destination: policy::party(tables, state.peer, &key.peer),
+        destination_addr: key.peer,
+        protocol,
+        port,
+    };
+    let mut value = policy::egress_in(tables, bank, &access, search);
+    // Normally the receiver's veth asks for its policy. But when nobody remembers who began the flow, it must not pass
+    // as one that its receiver would have refused to let begin.
+    if value.verdict == ALLOW && here && question.how == FORGOTTEN {
+        let inward = policy::ingress_in(tables, bank, &access, search);
+        if inward.verdict != ALLOW {
+            value = inward;
+        }
+    }
+    state.verdict = value.verdict;
+    state.rule = value.rule;
+    if value.verdict == ALLOW { Ok(()) } else { Err(refusal(value.verdict)) }
+}
+
+/// Its peer began it. The peer's egress policy was asked on the peer's veth, or on its node.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn incoming<T: Flows>(tables: &T, hook: &Hook, work: &mut Work) -> Result<(), Reason> {
+    let Work { key, state, search, question, .. } = work;
+    let port = key.own_port;
+    *state = FlowState { own: question.own, verdict: DENY, rule: 0, origin: IN, ..*state };
+    if hook.direction != FROM {
+        state.peer = sender(tables, hook, &key.peer);
+    } else if question.how != FOLLOWED {
+        state.peer = owner(tables, &key.peer);
+    }
+    if key.protocol == u32::from(TCP) && port == TUNNEL_PORT {
         state.verdict = ALLOW; // The agent's listener asks for a certificate and for policy.
         return Ok(());
     }
-    // Its sender's egress policy was asked on the sender's veth, or on its node.
     let (protocol, port) = asked(key, port);
     let access = Access {
         source: state.peer,
         source_addr: key.peer,
-        destination: own.identity,
+        destination: question.own,
         destination_addr: key.own,
         protocol,
         port,
     };
-    let value = policy::ingress(tables, revision & 1, &access);
+    let value = policy::ingress_in(tables, question.revision & 1, &access, search);
     state.verdict = value.verdict;
     state.rule = value.rule;
     if value.verdict == ALLOW { Ok(()) } else { Err(refusal(value.verdict)) }

@@ -24,4 +24,4 @@ pub use manifests::Manifests;
 pub use mesh::Mesh;
 pub use node::{Node, Pod};
 pub use process::{Place, Process};
-pub use skip::on_host;
+pub use skip::{on_host, repeats};

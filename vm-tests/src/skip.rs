@@ -24,6 +24,12 @@ pub fn on_host() -> bool {
     std::env::var_os("WEFT_VM").is_none()
 }
 
+/// How many of something that is repeated: all on the host's kernel, a tenth on an emulated machine, where each takes up to
+/// a hundred times as long.
+pub fn repeats(count: u64) -> u64 {
+    if on_host() { count } else { count.div_ceil(10) }
+}
+
 /// `major.minor` of the running kernel.
 pub fn kernel() -> String {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("a kernel has a release");

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use vm_tests::mesh::{check_patterns, dial, serve_patterns, worked};
-use vm_tests::{Mesh, Process, process};
+use vm_tests::{Mesh, Process, on_host, process, repeats};
 
 #[test]
 fn six_close_patterns_lose_no_byte() {
@@ -11,7 +11,7 @@ fn six_close_patterns_lose_no_byte() {
     let (a, b) = (mesh.pod(0, "a"), mesh.pod(0, "b"));
     mesh.start();
     let mut server = serve_patterns(&b);
-    check_patterns(&a, &b, &mut server, 834, 16);
+    check_patterns(&a, &b, &mut server, repeats(834), 16);
 }
 
 #[test]
@@ -56,9 +56,10 @@ fn the_agent_does_not_work_for_bytes_that_it_does_not_carry() {
     let _server = Process::serve(&b.place, "sink=[::]:8080");
     let before = mesh.agents[0].cpu();
     let result = process::load(&a.place, &format!("bulk {} --millis 2000", b.at4(8080)));
-    assert!(result["bytes"].as_u64().is_some_and(|bytes| bytes > 1 << 30), "{result}");
+    assert!(result["bytes"].as_u64().is_some_and(|bytes| bytes > repeats(1 << 30)), "{result}");
     let used = mesh.agents[0].cpu() - before;
-    assert!(used < Duration::from_millis(200), "{used:?} for {result}");
+    // On an emulated machine what the agent does once a second takes as long.
+    assert!(!on_host() || used < Duration::from_millis(200), "{used:?} for {result}");
 }
 
 #[test]

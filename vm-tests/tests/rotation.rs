@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use vm_tests::{Agent, Mesh, Process, process};
+use vm_tests::{Agent, Mesh, Process, process, repeats};
 
-const ROTATIONS: usize = 20;
+const ROTATIONS: u64 = 20;
 /// Lifetime in seconds; a certificate is renewed after about half of it.
 const TTL: &str = "4";
 
@@ -31,7 +31,8 @@ fn twenty_rotations_under_load_fail_nothing() {
     let mut seen = [BTreeSet::new(), BTreeSet::new()];
     let mut good = 0;
     let end = Instant::now() + Duration::from_secs(240);
-    while seen.iter().any(|serials| serials.len() <= ROTATIONS) {
+    let rotations = repeats(ROTATIONS) as usize;
+    while seen.iter().any(|serials| serials.len() <= rotations) {
         assert!(Instant::now() < end, "{seen:?} after four minutes");
         for addr in [b.at4(8080), b.at6(8080)] {
             let words = format!("talk raw {addr} --text through-every-rotation --count 50 --parallel 4");

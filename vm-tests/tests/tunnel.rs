@@ -1,7 +1,7 @@
 //! Two workloads of different nodes: mTLS between their agents, nothing else on the wire.
 
 use vm_tests::mesh::{check_patterns, dial, serve_patterns, worked};
-use vm_tests::{Capture, Mesh, Process, manifests, node, on_host, process};
+use vm_tests::{Capture, Mesh, Process, manifests, node, process, repeats};
 
 #[test]
 fn the_server_sees_the_client() {
@@ -35,7 +35,7 @@ fn six_close_patterns_lose_no_byte() {
     let (a, b) = (mesh.pod(0, "a"), mesh.pod(1, "b"));
     mesh.start();
     let mut server = serve_patterns(&b);
-    check_patterns(&a, &b, &mut server, 834, 16);
+    check_patterns(&a, &b, &mut server, repeats(834), 16);
 }
 
 #[test]
@@ -46,7 +46,7 @@ fn nothing_crosses_in_clear() {
     let mut server = serve_patterns(&b);
     let _texts = Process::serve(&b.place, "echo=[::]:8080 greet=[::]:8081 udp=[::]:53");
     let capture = Capture::start(&mesh.nodes[0].place("capture"), node::LINK);
-    check_patterns(&a, &b, &mut server, 84, 16);
+    check_patterns(&a, &b, &mut server, repeats(84), 16);
     for target in [b.at4(8080), b.at6(8080), b.at4(8081), b.at6(8081)] {
         let result = dial(&a, &format!("{target} --send THE-KNOWN-TEXT"));
         assert!(result["answer"].as_str().is_some_and(|text| text.ends_with("THE-KNOWN-TEXT")), "{result}");
@@ -68,7 +68,7 @@ fn nothing_crosses_in_clear() {
         assert_ne!(result["answer"], "ok", "{result}");
     }
     let wire = capture.finish();
-    assert!(wire.in_tunnel() > 1 << 20, "only {} bytes in the tunnel", wire.in_tunnel());
+    assert!(wire.in_tunnel() as u64 > repeats(1 << 20), "only {} bytes in the tunnel", wire.in_tunnel());
     assert_eq!(wire.count(b"THE-KNOWN-TEXT"), 0);
     assert_eq!(wire.count(b"220 hello"), 0);
     // Agent and CA talk from node to node over TLS of their own.
@@ -98,8 +98,7 @@ fn many_connections_at_once_and_in_a_row() {
     let (a, b) = (mesh.pod(0, "a"), mesh.pod(1, "b"));
     mesh.start();
     let _server = Process::serve(&b.place, "echo=[::]:8080 half-close=[::]:9000");
-    // An emulated machine takes a hundred times as long for each.
-    let (rounds, count) = if on_host() { (10_000, 1000) } else { (500, 100) };
+    let (rounds, count) = (repeats(10_000), repeats(1000));
     let row = process::load(&a.place, &format!("crr {} --rounds {rounds}", b.at4(8080)));
     assert_eq!(row["errors"], 0, "{row}");
     let at_once =

@@ -14,6 +14,7 @@ mod verdict;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -30,6 +31,8 @@ use crate::{build_ebpf, setup, test, tree};
 const SILENCE: Duration = Duration::from_secs(300);
 /// No kernel takes this long unless it hangs.
 const DEADLINE: Duration = Duration::from_secs(20 * 60);
+/// Guests at a time.
+const GUESTS: usize = 2;
 /// For the control that hangs on purpose.
 const CONTROL_SILENCE: Duration = Duration::from_secs(15);
 /// Where KVM works, a guest says its first word long before.
@@ -99,27 +102,44 @@ struct Bench<'a> {
 impl Bench<'_> {
     fn all(&self, kernels: &[Kernel], scenarios: &[PathBuf]) -> Result<Vec<Tested>> {
         let programs = Programs::read(scenarios, self.own)?;
-        let mut accelerator = None;
-        let mut controlled = false;
-        let mut results = Vec::new();
-        for kernel in kernels {
-            // What cannot be had or built is that kernel's failure; the others still run.
-            let tested = self.prepare(kernel, &programs).and_then(|(unpacked, image)| {
-                let accelerator = *accelerator.get_or_insert_with(|| accelerate(&unpacked, &image));
-                if !controlled {
-                    controls(&unpacked, &image, accelerator)?;
-                    controlled = true;
-                }
-                let verdict = self.test(kernel, &unpacked, &image, accelerator)?;
-                fs::remove_file(&image)?;
-                Ok((unpacked.version, verdict))
-            });
-            let (version, verdict) = tested.unwrap_or_else(|error| {
-                (String::new(), Verdict { trouble: vec![format!("{error:#}")], ..Verdict::default() })
-            });
-            results.push((kernel.series.clone(), version, verdict));
-        }
-        Ok(results)
+        // One after the other: they share the cache and apt.
+        let ready: Vec<Result<(Unpacked, PathBuf)>> =
+            kernels.iter().map(|kernel| self.prepare(kernel, &programs)).collect();
+        drop(programs);
+        let Some((unpacked, image)) = ready.iter().find_map(|ready| ready.as_ref().ok()) else {
+            return Ok(kernels
+                .iter()
+                .zip(ready)
+                .map(|(kernel, ready)| failed(kernel, ready.err()))
+                .collect());
+        };
+        let accelerator = accelerate(unpacked, image);
+        controls(unpacked, image, accelerator)?;
+
+        // Scenarios wait as long as they work, so guests share the processors well.
+        let queue = Mutex::new(kernels.iter().zip(ready).enumerate());
+        let results = Mutex::new(Vec::new());
+        std::thread::scope(|scope| {
+            for _ in 0..GUESTS {
+                scope.spawn(|| {
+                    loop {
+                        let next = queue.lock().expect("no holder panics").next();
+                        let Some((place, (kernel, ready))) = next else { break };
+                        let tested = ready.and_then(|(unpacked, image)| {
+                            let verdict = self.test(kernel, &unpacked, &image, accelerator)?;
+                            fs::remove_file(&image)?;
+                            Ok((kernel.series.clone(), unpacked.version, verdict))
+                        });
+                        // What cannot be had or run is that kernel's failure; the others still run.
+                        let tested = tested.unwrap_or_else(|error| failed(kernel, Some(error)));
+                        results.lock().expect("no holder panics").push((place, tested));
+                    }
+                });
+            }
+        });
+        let mut results = results.into_inner().expect("no holder panics");
+        results.sort_by_key(|(place, _)| *place);
+        Ok(results.into_iter().map(|(_, tested)| tested).collect())
     }
 
     fn prepare(&self, kernel: &Kernel, programs: &Programs) -> Result<(Unpacked, PathBuf)> {
@@ -136,7 +156,8 @@ impl Bench<'_> {
         image: &Path,
         accelerator: Accelerator,
     ) -> Result<Verdict> {
-        println!("\nvm-test: kernel {} ({})", kernel.series, from.version);
+        let series = &kernel.series;
+        println!("vm {series}: kernel {}", from.version);
         let words: Vec<String> =
             self.filter.map(|filter| format!("weft.filter={filter}")).into_iter().collect();
         let machine = Machine {
@@ -148,20 +169,28 @@ impl Bench<'_> {
             deadline: DEADLINE,
         };
         let run = machine.run(|text| match verdict::line(text) {
-            Some(Line::Pass(name)) => println!("vm {}: {name} ... ok", kernel.series),
-            Some(Line::Fail(name)) => println!("vm {}: {name} ... FAILED", kernel.series),
-            Some(Line::Skip(text)) => println!("{text}"),
-            Some(Line::Text(text)) => println!("    {text}"),
+            Some(Line::Pass(name)) => println!("vm {series}: {name} ... ok"),
+            Some(Line::Fail(name)) => println!("vm {series}: {name} ... FAILED"),
+            Some(Line::Skip(text)) => println!("vm {series}: {text}"),
+            Some(Line::Text(text)) => println!("vm {series}:     {text}"),
             Some(Line::Begin(_) | Line::Done(..)) | None => {}
         })?;
         let verdict = verdict::judge(&run);
         if !verdict.trouble.is_empty() {
-            println!("vm {}: the end of the kernel's console:", kernel.series);
+            println!("vm {series}: the end of the kernel's console:");
             let lines: Vec<&str> = run.console.lines().collect();
-            lines.iter().skip(lines.len().saturating_sub(40)).for_each(|line| println!("    {line}"));
+            lines
+                .iter()
+                .skip(lines.len().saturating_sub(40))
+                .for_each(|line| println!("vm {series}:     {line}"));
         }
         Ok(verdict)
     }
+}
+
+fn failed(kernel: &Kernel, error: Option<anyhow::Error>) -> Tested {
+    let trouble = error.map(|error| format!("{error:#}")).into_iter().collect();
+    (kernel.series.clone(), String::new(), Verdict { trouble, ..Verdict::default() })
 }
 
 /// KVM if a guest comes up under it in time; it may be present and broken.

@@ -1,4 +1,5 @@
-//! `cargo xtask build-ebpf`: one BPF object for all kernels, at `target/bpf/weft-ebpf`.
+//! `cargo xtask build-ebpf`: one BPF object for all kernels, at `target/bpf/weft-ebpf`, and beside it one of programs that
+//! no kernel should take, for tests.
 //!
 //! `core` for the BPF target has to be built from source, which stable Rust refuses. Two compilers can: a rustup nightly
 //! with the `rust-src` component, and Debian's own `rustc-web` with `RUSTC_BOOTSTRAP=1`. Whichever is found is named.
@@ -17,7 +18,10 @@ const TARGET: &str = "bpfel-unknown-none";
 /// LLVM that bpf-linker is built on; it cannot read the bitcode of a newer one.
 pub(crate) const LLVM: u32 = 22;
 
-/// Builds the object and puts it where the agent's build script looks for it.
+/// The objects: the programs of weft, and those that are meant to be refused.
+pub(crate) const OBJECTS: [&str; 2] = ["weft-ebpf", "weft-broken"];
+
+/// Builds the objects and puts them where the agent's build script looks for it.
 pub(crate) fn run() -> Result<()> {
     let Some(linker) = tree::program("bpf-linker") else {
         bail!("bpf-linker is not installed; run `cargo xtask setup`");
@@ -25,9 +29,11 @@ pub(crate) fn run() -> Result<()> {
     let compiler = Compiler::find()?;
     eprintln!("build-ebpf: {}", compiler.name);
     let built = compile(&compiler, &linker)?;
-    let object = tree::target().join("bpf/weft-ebpf");
-    publish(&built, &object)?;
-    eprintln!("build-ebpf: {} ({} bytes)", object.display(), fs::metadata(&object)?.len());
+    for name in OBJECTS {
+        let object = tree::target().join("bpf").join(name);
+        publish(&built.join(name), &object)?;
+        eprintln!("build-ebpf: {} ({} bytes)", object.display(), fs::metadata(&object)?.len());
+    }
     Ok(())
 }
 
@@ -151,7 +157,7 @@ fn compile(compiler: &Compiler, linker: &Path) -> Result<PathBuf> {
             .arg(&dir)
             .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f")),
     )?;
-    Ok(dir.join(TARGET).join("release/weft-ebpf"))
+    Ok(dir.join(TARGET).join("release"))
 }
 
 /// Replaces the object in one step, and only if it changed or is older than its sources: the agent's build script
@@ -166,7 +172,7 @@ fn publish(built: &Path, object: &Path) -> Result<()> {
     }
     let dir = object.parent().expect("the object has a directory");
     fs::create_dir_all(dir)?;
-    let new = dir.join(format!(".weft-ebpf.{}", std::process::id()));
+    let new = dir.join(format!(".new.{}", std::process::id()));
     fs::write(&new, bytes)
         .and_then(|()| fs::rename(&new, object))
         .with_context(|| format!("cannot write {}", object.display()))

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 
 use super::cpio::Cpio;
 use super::modules;
-use crate::tree;
+use crate::{build_ebpf, tree};
 
 /// Where the scenarios are in the guest; `weft` and `wt-load` are one directory above, as cargo lays them out.
 const SCENARIOS: &str = "/tests/deps";
@@ -51,9 +51,11 @@ impl Programs {
             let bytes = fs::read(&library).with_context(|| format!("cannot read {}", library.display()))?;
             files.push((library.display().to_string(), bytes));
         }
-        // One scenario loads the object from where it was built.
-        let object = tree::root().join("target/bpf/weft-ebpf");
-        files.push((object.display().to_string(), fs::read(tree::target().join("bpf/weft-ebpf"))?));
+        // One scenario loads the objects from where they were built.
+        for name in build_ebpf::OBJECTS {
+            let place = tree::root().join("target/bpf").join(name);
+            files.push((place.display().to_string(), fs::read(tree::target().join("bpf").join(name))?));
+        }
         Ok(Programs { files })
     }
 

@@ -20,7 +20,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use crate::kernel::{cookie, sys};
 
 /// The namespace of the calling thread, whichever process forked it.
-const OWN: &str = "/proc/thread-self/ns/net";
+pub(crate) const OWN: &str = "/proc/thread-self/ns/net";
 
 /// An open network namespace. It cannot vanish while this lives, even when its name and processes are gone.
 #[derive(Debug)]
@@ -74,10 +74,22 @@ fn inside<T>(target: &File, work: impl FnOnce() -> T) -> io::Result<T> {
 
 /// The cookie of the calling thread's namespace: asked of a socket (Linux 5.14), or of a program where sockets do not know.
 pub fn own_cookie() -> io::Result<u64> {
+    match socket_cookie()? {
+        Some(cookie) => Ok(cookie),
+        None => cookie::own(),
+    }
+}
+
+/// Do sockets tell the cookie of their namespace on this kernel?
+pub(crate) fn sockets_tell_cookies() -> io::Result<bool> {
+    socket_cookie().map(|cookie| cookie.is_some())
+}
+
+fn socket_cookie() -> io::Result<Option<u64>> {
     let probe = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     match sys::socket_option(probe.as_raw_fd(), libc::SO_NETNS_COOKIE) {
-        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => cookie::own(),
-        asked => asked,
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(None),
+        asked => asked.map(Some),
     }
 }
 

@@ -103,7 +103,7 @@ impl Agent {
         Agent::start_with(node, manifests, ca, &[])
     }
 
-    /// As [`Agent::start`], with more arguments.
+    /// As [`Agent::start`], with more arguments, or others for those that are given anyway.
     pub fn start_with(node: &Node, manifests: &Manifests, ca: &Ca, more: &[&str]) -> Agent {
         let mut agent = Agent::launch(node, manifests, ca, more);
         agent.wait_ready(node.netns());
@@ -129,6 +129,7 @@ impl Agent {
             ("--log", std::env::var("WEFT_LOG").unwrap_or_else(|_| "info".to_owned())),
         ];
         let mut args = vec!["agent"];
+        let given: Vec<_> = given.into_iter().filter(|(name, _)| !more.contains(name)).collect();
         args.extend(given.iter().flat_map(|(name, value)| [*name, value.as_str()]));
         args.extend(more);
         let process = Process::spawn(&node.place("agent"), &binary("weft"), &args, Some(log_file(&log)));
@@ -195,6 +196,11 @@ impl Agent {
     /// File of the namespace that it runs in.
     pub fn netns(&self) -> &Path {
         &self.netns
+    }
+
+    /// How it ended, if it did.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.process.wait(Duration::ZERO)
     }
 
     /// kill -9.

@@ -179,9 +179,9 @@ pub(super) fn status(status: &Status) -> String {
     let rows: Vec<_> = status
         .features
         .iter()
-        .map(|f| vec![f.name.clone(), if f.present { "yes" } else { "no" }.into(), f.note.clone()])
+        .map(|f| vec![f.name.clone(), if f.present { "yes" } else { "no" }.into(), f.instead.clone()])
         .collect();
-    section("Features of this kernel", render(&["FEATURE", "PRESENT", "NOTE"], &rows));
+    section("Features of this kernel", render(&["FEATURE", "PRESENT", "USED INSTEAD"], &rows));
     section("Certificates", list(&status.certs));
     text
 }

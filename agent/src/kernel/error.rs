@@ -33,6 +33,11 @@ pub enum Error {
     Object(String),
     #[error("the kernel refuses program {program}: {reason}")]
     Program { program: &'static str, reason: String },
+    #[error(
+        "this kernel cannot end a living connection (it lacks CONFIG_INET_DIAG_DESTROY), and a revoked rule must: boot one \
+         that can, as distributions ship"
+    )]
+    NoDestroy,
     #[error("cannot open the cgroup {}: {source}; --cgroup wants a directory of a mounted cgroup2 hierarchy", .path.display())]
     Cgroup { path: PathBuf, source: io::Error },
     #[error("cannot attach {hook}: {source}")]

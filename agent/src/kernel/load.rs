@@ -16,8 +16,10 @@ use weft_datapath::names::{config, map};
 
 use super::error::{Error, Result};
 use super::maps::{Maps, Table};
+use super::netlink::Netlink;
 use super::pins::Pins;
 use super::sys::{self, attach};
+use crate::netns;
 
 /// Built by `cargo xtask build-ebpf`; `build.rs` sees to it that it is there and fresh.
 static OBJECT: &[u8] = include_bytes_aligned!(env!("WEFT_EBPF_OBJECT"));
@@ -82,12 +84,21 @@ impl Kernel {
     pub fn load_sized(bpffs: &Path, capacities: &[(&'static str, u32)]) -> Result<Kernel> {
         // Before 5.11 maps count against this limit. Where raising it is refused, creating a map says so.
         let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
+        let destroys = Netlink::sock_diag().and_then(|mut diag| diag.destroys());
+        if !destroys
+            .map_err(|source| Error::Netlink { action: "ask about destroying connections", source })?
+        {
+            return Err(Error::NoDestroy);
+        }
         let pins = Pins::open(bpffs)?;
         let directory = pins.maps();
         let features = [(sys::SET_RETVAL, config::SET_RETVAL), (sys::SOCKOPS_NETNS, config::SOCKOPS_NETNS)]
             .into_iter()
             .filter(|(probe, _)| sys::has_helper(*probe))
             .fold(0, |features, (_, bit)| features | bit);
+        let sockets_tell = netns::sockets_tell_cookies()
+            .map_err(|source| Error::Netns { path: netns::OWN.into(), source })?;
+        let features = features | if sockets_tell { config::SO_NETNS_COOKIE } else { 0 };
 
         let names = map_names()?;
         let mut loader = EbpfLoader::new();

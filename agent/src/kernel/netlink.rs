@@ -99,7 +99,8 @@ impl Netlink {
         const COOKIE: std::ops::Range<usize> = 44..52;
         const TCP_LISTEN: u8 = 10;
         let gone = |error: io::Error| match error.raw_os_error() {
-            Some(libc::ENOENT) => Ok(false),
+            // No longer a full socket, which kernels before 5.19 do not destroy (TIME_WAIT): nobody holds it any more.
+            Some(libc::ENOENT | libc::EOPNOTSUPP) => Ok(false),
             _ => Err(error),
         };
         let found = match self.request(SOCK_DIAG_BY_FAMILY, 0, &diag_request(local, remote, &[0xff; 8])) {
@@ -113,6 +114,18 @@ impl Netlink {
         };
         let request = diag_request(local, remote, cookie);
         self.request(SOCK_DESTROY, libc::NLM_F_ACK as u16, &request).map_or_else(gone, |_| Ok(true))
+    }
+
+    /// Can this kernel destroy sockets (CONFIG_INET_DIAG_DESTROY)? Asked about a connection that cannot exist.
+    pub(crate) fn destroys(&mut self) -> io::Result<bool> {
+        let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
+        let asked =
+            self.request(SOCK_DESTROY, libc::NLM_F_ACK as u16, &diag_request(nowhere, nowhere, &[0; 8]));
+        match asked.err().and_then(|error| error.raw_os_error()) {
+            Some(libc::EOPNOTSUPP) => Ok(false),
+            Some(libc::ENOENT) => Ok(true),
+            other => Err(io::Error::from_raw_os_error(other.unwrap_or(libc::EIO))),
+        }
     }
 
     /// Puts a program at a place of the interface's clsact qdisc, which is made where there is none. A filter of ours that

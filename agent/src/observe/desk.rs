@@ -153,19 +153,23 @@ impl Desk {
 
     fn features(&self) -> Vec<Feature> {
         [
-            (config::SET_RETVAL, "bpf_set_retval (6.1)", "a refused connect() says EPERM without it"),
+            (config::TCX, "TCX links (6.6)", "clsact filters hold the TC programs"),
+            (config::SET_RETVAL, "bpf_set_retval (6.1)", "a refused connect() says EPERM, not ECONNREFUSED"),
             (
                 config::SOCKOPS_NETNS,
                 "netns cookie in sock_ops (5.15)",
-                "accepted connections are not counted without it",
+                "the connect hook notes who calls, for sock_ops",
             ),
-            (config::TCX, "TCX links (6.6)", "clsact filters hold the TC programs without it"),
+            (
+                config::SO_NETNS_COOKIE,
+                "netns cookie of a socket (5.14)",
+                "a program on the agent's cgroup reads it",
+            ),
         ]
         .into_iter()
-        .map(|(bit, name, note)| Feature {
-            name: name.into(),
-            present: self.kernel.features & bit != 0,
-            note: note.into(),
+        .map(|(bit, name, instead)| {
+            let present = self.kernel.features & bit != 0;
+            Feature { name: name.into(), present, instead: if present { "" } else { instead }.into() }
         })
         .collect()
     }

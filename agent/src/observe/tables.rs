@@ -97,8 +97,8 @@ pub struct MapFill {
 pub struct Feature {
     pub name: String,
     pub present: bool,
-    /// What is used instead where it is missing.
-    pub note: String,
+    /// What is used in its place; empty where it is present.
+    pub instead: String,
 }
 
 /// Something that is wrong, where, and what to do.

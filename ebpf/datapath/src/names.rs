@@ -30,6 +30,9 @@ pub mod config {
     pub const SOCKOPS_NETNS: u32 = 1 << 1;
     /// TCX links (6.6) hold the TC programs; clsact filters do without them. Of no interest to programs.
     pub const TCX: u32 = 1 << 2;
+    /// Sockets tell the cookie of their network namespace (5.14); a program on the agent's cgroup does without. Of no
+    /// interest to programs.
+    pub const SO_NETNS_COOKIE: u32 = 1 << 3;
     /// Name of the programs' read-only global that holds the feature bits; the loader sets it, so that the verifier
     /// never sees calls that this kernel lacks.
     pub const GLOBAL: &str = "WEFT_FEATURES";

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
+use vm_tests::agent::wait_until;
 use vm_tests::mesh::{dial, dial_until, worked};
-use vm_tests::{Mesh, Process};
+use vm_tests::{Agent, Mesh, Process, agent};
 
 #[test]
 fn the_direct_path_survives_kill_9() {
@@ -58,4 +59,43 @@ fn a_planned_end_is_quick_and_clean() {
     assert!(worked(&dial(&a, &b.at4(8080))), "enforcement and the direct path stay");
     mesh.restart(0);
     assert!(worked(&dial(&a, &b.at4(8080))));
+}
+
+#[test]
+fn state_of_another_abi_is_refused_and_goes_on_enforcing() {
+    let mut mesh = Mesh::one();
+    let (a, b, c) = (mesh.pod(0, "a"), mesh.pod(0, "b"), mesh.pod(0, "c"));
+    mesh.allow(&b, &[&a], &[]);
+    mesh.start();
+    let _server = Process::serve(&b.place, "whoami=[::]:8080");
+    let status = mesh.agents[0].terminate();
+    assert!(status.success(), "{status}");
+    // As an agent of a former release would have left it.
+    let pins = mesh.nodes[0].bpffs().join("weft");
+    let version = std::fs::read_dir(&pins).expect("pins").flatten().next().expect("one version").path();
+    std::fs::rename(&version, pins.join("v0")).expect("rename a directory of pins");
+
+    let enforced = || {
+        worked(&dial(&a, &b.at4(8080)))
+            && !worked(&dial(&c, &format!("{} --timeout-ms 1000", b.at4(8080))))
+            && !worked(&dial(&c, &format!("{} --timeout-ms 1000", b.at6(8080))))
+    };
+    assert!(enforced());
+    let mut newer = Agent::launch(&mesh.nodes[0], &mesh.manifests, mesh.ca(), &[]);
+    let mut status = None;
+    assert!(wait_until(Duration::from_secs(60), || {
+        status = newer.ended();
+        status.is_some()
+    }));
+    assert!(status.is_some_and(|status| !status.success()), "{status:?}");
+    let log = newer.log();
+    assert!(
+        log.contains("holds kernel state with ABI 0") && log.contains("run `weft detach` first"),
+        "{log}"
+    );
+    assert!(enforced(), "what the former release left no longer enforces");
+
+    agent::weft(&["detach", "--bpffs", pins.to_str().expect("our own paths are UTF-8")]);
+    mesh.restart(0);
+    assert!(enforced());
 }

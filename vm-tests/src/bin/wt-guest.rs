@@ -151,7 +151,8 @@ fn run(program: &Path, test: &str) -> Result<(), String> {
     let output = File::create(OUTPUT).map_err(|e| format!("create {OUTPUT}: {e}"))?;
     let error = output.try_clone().map_err(|e| format!("share {OUTPUT}: {e}"))?;
     let mut child = Command::new(program)
-        .args(["--exact", test, "--nocapture", "--test-threads=1"])
+        // Some are only for a guest, and ignored elsewhere.
+        .args(["--exact", test, "--include-ignored", "--nocapture", "--test-threads=1"])
         .env("PATH", "/bin")
         .env("HOME", "/root")
         .env("WEFT_VM", "1")

@@ -31,9 +31,9 @@ enum Command {
         /// What for; everything when none is named
         groups: Vec<setup::Group>,
     },
-    /// Run every test: host, and this kernel (needs root)
+    /// Run every test: host, this kernel, the kernels of the matrix (needs root)
     Test {
-        /// Only tests whose name contains this
+        /// Only tests whose name contains this, and without the matrix
         filter: Option<String>,
     },
     /// Run the scenarios on the kernels of the matrix, under QEMU

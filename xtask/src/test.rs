@@ -1,4 +1,4 @@
-//! `cargo xtask test`: every test, on the host and on the running kernel.
+//! `cargo xtask test`: every test, on the host, on the running kernel and on those of the matrix.
 //!
 //! Everything is built once; then each test program runs by itself, under a deadline. Programs that change kernel state
 //! (namespaces, cgroups, BPF) run one test at a time, the pure ones in parallel. One line at the end has the sum.
@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::setup::Group;
-use crate::{build_ebpf, setup, tree};
+use crate::{build_ebpf, setup, tree, vm};
 
 /// Packages whose tests touch no kernel state.
 const PURE: &[&str] = &["weft-datapath", "weft-policy", "xtask"];
@@ -42,13 +42,14 @@ pub(crate) fn run(filter: Option<&str>) -> Result<ExitCode> {
     if !setup::root() {
         bail!("the tests make network namespaces, cgroups and BPF programs: run as root");
     }
-    setup::ensure(&[Group::Build, Group::Test])?;
+    setup::ensure(&[Group::Build, Group::Test, Group::Vm])?;
     build_ebpf::run()?;
     let begun = Instant::now();
     let skips = tree::target().join(format!("skips.{}", std::process::id()));
     let mut sum = Count::default();
     let mut failures = Vec::new();
-    for program in build()? {
+    let programs = build()?;
+    for program in &programs {
         println!("\ntest: {} {}", program.package, program.name);
         let (count, problem) = program.run(filter, &skips)?;
         sum += count;
@@ -67,7 +68,15 @@ pub(crate) fn run(filter: Option<&str>) -> Result<ExitCode> {
     let skips = skipped.lines().count();
     let skipped = if skips > 0 { format!(", {skips} skipped") } else { String::new() };
     println!("{} passed, {} failed{ignored}{skipped}", sum.passed, sum.failed);
-    Ok(if sum.failed == 0 && sum.passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let mut good = sum.failed == 0 && sum.passed > 0;
+    // A part of the tests is asked for by somebody who waits; the matrix takes its time.
+    if filter.is_none() {
+        let scenarios: Vec<PathBuf> =
+            programs.into_iter().filter(Program::scenario).map(|program| program.executable).collect();
+        good &= vm::matrix(&scenarios)?;
+        println!("test: {} s in all", begun.elapsed().as_secs());
+    }
+    Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Release of the running kernel.

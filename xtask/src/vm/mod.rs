@@ -9,6 +9,7 @@ mod cpio;
 mod image;
 mod kernel;
 mod modules;
+mod support;
 mod verdict;
 
 use std::fs;
@@ -46,6 +47,9 @@ pub(crate) struct Args {
     /// Only scenarios whose name contains this
     #[arg(long)]
     filter: Option<String>,
+    /// Put the results into the table of README.md; for all kernels and scenarios only
+    #[arg(long, conflicts_with_all = ["kernel", "filter"])]
+    write: bool,
 }
 
 /// The oldest QEMU that emulates every instruction which these kernels use.
@@ -67,12 +71,21 @@ fn major(version: &str) -> Option<u32> {
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     setup::ensure(&[Group::Build, Group::Test, Group::Vm])?;
     build_ebpf::run()?;
-    let good = matrix(&args.kernel, args.filter.as_deref(), &test::scenarios()?)?;
+    let results = results(&args.kernel, args.filter.as_deref(), &test::scenarios()?)?;
+    if args.write {
+        support::write(&results)?;
+    }
+    let good = results.iter().all(|(_, _, verdict)| verdict.good());
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Runs these test programs on the chosen kernels and prints the table; true if all is well.
-pub(crate) fn matrix(choice: &str, filter: Option<&str>, scenarios: &[PathBuf]) -> Result<bool> {
+/// Runs these test programs on all kernels; true if all is well.
+pub(crate) fn matrix(scenarios: &[PathBuf]) -> Result<bool> {
+    Ok(results("all", None, scenarios)?.iter().all(|(_, _, verdict)| verdict.good()))
+}
+
+/// Runs these test programs on the chosen kernels and prints the table.
+fn results(choice: &str, filter: Option<&str>, scenarios: &[PathBuf]) -> Result<Vec<Tested>> {
     let kernels: Vec<Kernel> =
         kernel::all().into_iter().filter(|kernel| choice == "all" || kernel.series == choice).collect();
     if kernels.is_empty() {
@@ -87,7 +100,7 @@ pub(crate) fn matrix(choice: &str, filter: Option<&str>, scenarios: &[PathBuf]) 
     let _ = fs::remove_dir_all(&own);
     let results = result?;
     println!("\n{}", table(&results));
-    Ok(results.iter().all(|(_, _, verdict)| verdict.good()))
+    Ok(results)
 }
 
 /// Kernel series, Debian's version, and how it did.

@@ -21,6 +21,8 @@ const SKIPS: &str = "/tmp/skips";
 const OUTPUT: &str = "/tmp/output";
 /// For one scenario, on an emulated and busy machine.
 const LIMIT: Duration = Duration::from_secs(240);
+/// Begins the lines of a scenario's output that are for the record.
+const FIGURE: &str = "verified ";
 /// Lines of a failed scenario's output that are worth reading.
 const SHOWN: usize = 60;
 
@@ -125,6 +127,9 @@ fn run_all(host: &mut Host) {
             match result {
                 Ok(()) => {
                     passed += 1;
+                    let output = fs::read_to_string(OUTPUT).unwrap_or_default();
+                    let figures = output.lines().filter(|line| line.starts_with(FIGURE));
+                    figures.for_each(|line| host.say("|", line));
                     host.say("pass", &took);
                 }
                 Err(why) => {

@@ -186,9 +186,10 @@ impl Control {
         Snapshot::new(&self.node, model, numbers, problems)
     }
 
+    /// The proxy first: what the tables then show is in force everywhere.
     fn publish(&mut self, next: Arc<Snapshot>) {
-        self.outlets.snapshot.send_replace(next.clone());
         self.outlets.view.send_replace(next.clone());
+        self.outlets.snapshot.send_replace(next.clone());
         let cut = self.outlets.registry.recheck(&*next);
         if cut > 0 {
             tracing::info!("{cut} tunnelled connections cut, which policy no longer allows");

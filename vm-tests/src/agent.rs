@@ -173,6 +173,13 @@ impl Agent {
         Command::new(binary("weft")).args(args).output().expect("start weft")
     }
 
+    /// Starts `weft observe` for what is denied, from the beginning and for as long as it lives.
+    pub fn observe(&self, node: &Node) -> Process {
+        let socket = text(&self.socket);
+        let args = ["observe", "--follow", "--verdict", "denied", "-o", "json", "--admin-socket", &socket];
+        Process::spawn(&node.place("observe"), &binary("weft"), &args, None)
+    }
+
     /// Its log so far.
     pub fn log(&self) -> String {
         read(&self.log)

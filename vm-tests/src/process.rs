@@ -89,9 +89,14 @@ impl Process {
         }
     }
 
+    /// Writes a line to its stdin.
+    pub fn tell(&mut self, line: &str) {
+        writeln!(self.stdin.as_mut().expect("piped in spawn"), "{line}").expect("write to a process");
+    }
+
     /// Asks a server for its totals.
     pub fn totals(&mut self) -> Value {
-        writeln!(self.stdin.as_mut().expect("piped in spawn"), "totals").expect("write to a server");
+        self.tell("totals");
         self.line()
     }
 

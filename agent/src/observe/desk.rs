@@ -1,5 +1,6 @@
 //! Answers questions about the running agent: its tables, and the readings of the metrics page.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Instant, SystemTime};
@@ -8,9 +9,9 @@ use tokio::sync::watch;
 use weft_datapath::abi::{ABI, ServiceKey, TcpStats};
 use weft_datapath::names::config;
 use weft_datapath::service::LEAST_CONNECTIONS;
-use weft_policy::model::Direction;
 use weft_policy::model::cidr::ip;
-use weft_policy::{Identity, Severity};
+use weft_policy::model::{Direction, Named};
+use weft_policy::{Identity, Model, ObjectRef, Severity};
 
 use super::metrics::{Metrics, Readings, Security, ServiceReading, TcpLabels, TcpTotals};
 use super::tables::*;
@@ -334,7 +335,7 @@ fn policies(snapshot: &Snapshot) -> Vec<PolicyRow> {
     for named in model.peer_authentications() {
         let decides = |identity: &Identity| {
             let modes = model.modes(identity);
-            let by = |decided: Option<&weft_policy::ObjectRef>| decided == Some(&named.object);
+            let by = |decided: Option<&ObjectRef>| decided == Some(&named.object);
             by(modes.mode.1) || modes.ports.values().any(|(_, object)| by(*object))
         };
         rows.push(PolicyRow {
@@ -347,6 +348,7 @@ fn policies(snapshot: &Snapshot) -> Vec<PolicyRow> {
             file: format!("{}:{}", named.origin.file, named.origin.line),
         });
     }
+    rows.extend(network_policies(model));
     for blocked in model.blocked() {
         let (kind, namespace, name) = blocked.object.as_ref().map_or_else(Default::default, |object| {
             (object.kind.to_string(), object.namespace.to_string(), object.name.to_string())
@@ -368,6 +370,29 @@ fn policies(snapshot: &Snapshot) -> Vec<PolicyRow> {
         });
     }
     rows
+}
+
+/// One row per object, however many specs it has.
+fn network_policies(model: &Model) -> Vec<PolicyRow> {
+    let workloads: Vec<_> = model.workloads().iter().filter(|w| w.enrolled).collect();
+    let mut rows: BTreeMap<&ObjectRef, (PolicyRow, BTreeSet<usize>)> = BTreeMap::new();
+    for Named { object, origin, policy, .. } in model.network_policies() {
+        let row = || PolicyRow {
+            kind: object.kind.to_string(),
+            namespace: object.namespace.to_string(),
+            name: object.name.to_string(),
+            action: "NETWORK".into(),
+            rules: 0,
+            selects: 0,
+            file: format!("{}:{}", origin.file, origin.line),
+        };
+        let (row, selected) = rows.entry(object).or_insert_with(|| (row(), BTreeSet::new()));
+        row.rules += policy.rules.len();
+        let selects = |at: &usize| policy.subject.selects(model.namespaces(), &workloads[*at].identity);
+        selected.extend((0..workloads.len()).filter(selects));
+        row.selects = selected.len();
+    }
+    rows.into_values().map(|(row, _)| row).collect()
 }
 
 fn connection_row(connection: &Connection) -> ConnectionRow {

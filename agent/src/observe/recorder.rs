@@ -195,7 +195,7 @@ fn describe(snapshot: &Snapshot, event: &Event) -> FlowEvent {
         return flow;
     };
     flow.reason = reason.name().into();
-    if reason == Drop::Policy {
+    if matches!(reason, Drop::Policy | Drop::NeedsHttp) {
         name_rule(snapshot, &mut flow, event.rule);
         let ends = ((event.source, src.ip()), (event.destination, dst.ip()));
         flow.detail = explain(snapshot, ends, event.protocol, event.dst_port);

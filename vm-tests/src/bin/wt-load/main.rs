@@ -3,6 +3,7 @@
 //! Every subcommand prints lines of JSON and nothing else. Failures of the network are results, not exit codes; only
 //! a wrong command line ends with an error.
 
+mod flows;
 mod measure;
 mod patterns;
 mod probe;
@@ -53,6 +54,8 @@ enum What {
     Hold(probe::HoldArgs),
     /// Write until the peer stops taking it.
     Flood { addr: SocketAddr },
+    /// Try the flows that lines on stdin list.
+    Flows,
     /// Ask a UDP server.
     Udp(probe::UdpArgs),
     /// Round trips of small messages.
@@ -83,6 +86,7 @@ fn main() {
         What::Connect(args) => probe::connect(&args),
         What::Hold(args) => probe::hold(&args),
         What::Flood { addr } => probe::flood(addr),
+        What::Flows => flows::run(),
         What::Udp(args) => probe::udp(&args),
         What::Rtt(args) => measure::rtt(&args),
         What::Crr(args) => measure::crr(&args),

@@ -4,6 +4,7 @@
 
 mod build_ebpf;
 mod demo;
+mod fuzz;
 mod lint;
 mod setup;
 mod test;
@@ -36,6 +37,8 @@ enum Command {
         /// Only tests whose name contains this, and without the matrix
         filter: Option<String>,
     },
+    /// Run the fuzz targets of policy/ on their kept corpus, for a while
+    Fuzz(fuzz::Args),
     /// Run the scenarios on the kernels of the matrix, under QEMU
     VmTest(vm::Args),
     /// Show the mesh at work: two nodes, four pods, real servers (needs root)
@@ -59,6 +62,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::BuildEbpf => build_ebpf::run().map(|()| ExitCode::SUCCESS),
         Command::Setup { groups } => setup::run(&groups).map(|()| ExitCode::SUCCESS),
         Command::Test { filter } => test::run(filter.as_deref()),
+        Command::Fuzz(args) => fuzz::run(&args).map(|()| ExitCode::SUCCESS),
         Command::VmTest(args) => vm::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Lint => lint::run(),

@@ -21,6 +21,8 @@ pub(crate) enum Group {
     Build,
     /// What tests on the running kernel use
     Test,
+    /// What libFuzzer is compiled with
+    Fuzz,
     /// QEMU, and what takes kernels apart
     Vm,
     /// Real servers and Prometheus
@@ -40,6 +42,7 @@ const TEST: &[Program] = &[
     ("nginx", "nginx-light"),
     ("redis-server", "redis-server"),
 ];
+const FUZZ: &[Program] = &[("c++", "g++")];
 const VM: &[Program] = &[
     ("depmod", "kmod"),
     ("xz", "xz-utils"),
@@ -80,9 +83,13 @@ pub(crate) fn run(groups: &[Group]) -> Result<()> {
 pub(crate) fn ensure(groups: &[Group]) -> Result<()> {
     let has = |group| groups.contains(&group);
     let mut packages = Vec::new();
-    for (group, programs) in
-        [(Group::Build, BUILD), (Group::Test, TEST), (Group::Demo, DEMO), (Group::Vm, VM)]
-    {
+    for (group, programs) in [
+        (Group::Build, BUILD),
+        (Group::Test, TEST),
+        (Group::Fuzz, FUZZ),
+        (Group::Demo, DEMO),
+        (Group::Vm, VM),
+    ] {
         if has(group) {
             packages.extend(
                 programs

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::setup::Group;
-use crate::{build_ebpf, setup, tree, vm};
+use crate::{build_ebpf, fuzz, setup, tree, vm};
 
 /// Packages whose tests touch no kernel state.
 const PURE: &[&str] = &["weft-datapath", "weft-policy", "xtask"];
@@ -71,6 +71,10 @@ pub(crate) fn run(filter: Option<&str>) -> Result<ExitCode> {
     let mut good = sum.failed == 0 && sum.passed > 0;
     // A part of the tests is asked for by somebody who waits; the matrix takes its time.
     if filter.is_none() {
+        if let Err(error) = fuzz::run(&fuzz::Args::default()) {
+            println!("FAILED fuzz: {error:#}");
+            good = false;
+        }
         let scenarios: Vec<PathBuf> =
             programs.into_iter().filter(Program::scenario).map(|program| program.executable).collect();
         good &= vm::matrix(&scenarios)?;

@@ -175,6 +175,22 @@ pub struct ExplainArgs {
     /// IP protocol.
     #[arg(long, value_enum, default_value = "tcp")]
     pub protocol: IpProtocol,
+    /// One request on the connection: its method. Any of these flags makes it a question about a request, `GET /`
+    /// where they say nothing else.
+    #[arg(long, value_name = "M", help_heading = "Request")]
+    pub method: Option<String>,
+    /// Its path, with the query.
+    #[arg(long, value_name = "P", help_heading = "Request")]
+    pub path: Option<String>,
+    /// Its host.
+    #[arg(long, value_name = "H", help_heading = "Request")]
+    pub host: Option<String>,
+    /// A header.
+    #[arg(long, value_name = "K:V", help_heading = "Request")]
+    pub header: Vec<String>,
+    /// A claim of its verified token; `outer[inner]=V` for a nested one, given again for a list.
+    #[arg(long, value_name = "K=V", help_heading = "Request")]
+    pub claim: Vec<String>,
     #[command(flatten)]
     pub policy: PolicyArgs,
     #[command(flatten)]

@@ -38,6 +38,67 @@ fn failures_are_one_sentence_with_the_right_code() {
 }
 
 #[test]
+fn explain_answers_about_single_requests() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = dir.path().to_str().expect("a plain name");
+    let manifests = "
+apiVersion: v1
+kind: Pod
+metadata: {name: web, namespace: shop}
+status: {podIP: 10.0.0.1}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: db, namespace: shop, labels: {app: db}}
+status: {podIP: 10.0.0.2}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: db, namespace: shop}
+spec:
+  selector: {matchLabels: {app: db}}
+  rules:
+  - to: [{operation: {methods: [GET], paths: ['/api/*'], hosts: [db.example]}}]
+    when:
+    - {key: 'request.headers[x-team]', values: [red]}
+    - {key: 'request.auth.claims[realm][roles]', values: [reader]}
+";
+    fs::write(dir.path().join("mesh.yaml"), manifests).expect("written");
+    let explain = |more: &[&str]| {
+        let words = ["policy", "explain", path, "--from", "shop/web", "--to", "shop/db", "--port", "80"];
+        weft(&[&words, more].concat())
+    };
+    let good = ["--path", "/api/x?y=1", "--host", "DB.example", "--header", "X-Team: red"];
+    let claim = ["--claim", "realm[roles]=writer", "--claim", "realm[roles]=reader"];
+    for (more, verdict) in [(&claim[..], "allow"), (&claim[..2], "deny"), (&["--method", "PUT"], "deny")] {
+        let (code, stdout, stderr) = explain(&[&good[..], more, &["-o", "json"]].concat());
+        // The connection is refused as long as nothing looks into it.
+        assert_eq!(code, Some(1), "{stderr}");
+        let answer: Value = serde_json::from_str(&stdout).expect("JSON");
+        assert_eq!(
+            (&answer["verdict"], &answer["request"]["verdict"]),
+            (&"http".into(), &verdict.into()),
+            "{answer}"
+        );
+        assert!(answer["request"]["rule"].as_str().is_some_and(|rule| rule.contains("shop/db")), "{answer}");
+    }
+    let (_, stdout, _) = explain(&[&good[..], &claim].concat());
+    assert!(stdout.contains("of the request: policy allows it"), "{stdout}");
+    let (_, stdout, _) = explain(&["-o", "json"]);
+    let answer: Value = serde_json::from_str(&stdout).expect("JSON");
+    assert!(answer["request"].is_null(), "nobody asked: {answer}");
+    for wrong in [
+        &["--header", "x"][..],
+        &["--claim", "x"],
+        &["--claim", "=x"],
+        &["--method", "GET", "--protocol", "udp"],
+    ] {
+        let (code, _, stderr) = explain(wrong);
+        assert_eq!((code, stderr.lines().count()), (Some(2), 1), "{wrong:?}: {stderr}");
+    }
+}
+
+#[test]
 fn check_and_explain_answer_by_exit_code() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let path = dir.path().to_str().expect("a plain name");

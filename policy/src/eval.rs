@@ -10,6 +10,7 @@
 use crate::error::ObjectRef;
 use crate::model::layer::{NetworkFacts, RuleVerdict, Tier};
 use crate::model::{Direction, Identity, Model, Named, NetworkPolicy};
+use crate::request::Request;
 use crate::source::rule::{Facts, Match};
 use crate::source::{Action, AuthorizationPolicy};
 use crate::tables::{RuleAction, RuleRef};
@@ -29,6 +30,8 @@ pub struct Flow<'a> {
     pub protocol: u8,
     /// Destination port. For ICMP [`crate::model::layer::icmp_port`], 0 for other protocols without ports.
     pub port: u16,
+    /// What HTTP shows, where the question is about one request on a connection.
+    pub request: Option<&'a Request>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -150,8 +153,13 @@ impl Model {
             source,
             trust_domain: &self.settings.trust_domain,
             source_in: &|cidr| cidr.contains(flow.source_addr),
-            destination: self.addresses(destination),
+            destination: match flow.request {
+                // Whoever sees the request sees where it went.
+                Some(_) => std::slice::from_ref(&flow.destination_addr),
+                None => self.addresses(destination),
+            },
             port: flow.service_port(),
+            request: flow.request,
         };
         let (allow, deny): (Vec<_>, Vec<_>) =
             self.authorizations(destination).partition(|named| named.policy.action == Action::Allow);
@@ -227,6 +235,7 @@ impl Model {
                 Peer::Workload(identity) => self.port_named(identity, name, flow.protocol, flow.port),
                 _ => Match::No,
             },
+            request: flow.request,
         };
         let of = |wanted: fn(&Tier) -> bool| -> Vec<&Named<NetworkPolicy>> {
             let selected = self.network.iter().filter(|named| wanted(&named.policy.tier));

@@ -165,10 +165,7 @@ impl Model {
         if let Some(principal) = principal(&state.flow) {
             let mut next = state.clone();
             let test = Test::Principal(Pattern::Exact(principal.clone()));
-            let spared = Alternative {
-                clauses: vec![Clause { any: Vec::new(), none: vec![test] }],
-                ..Alternative::default()
-            };
+            let spared = Alternative { clauses: vec![Clause { any: Vec::new(), none: vec![test] }] };
             next.model.authorization[at].policy.rules[index].groups.push(vec![spared]);
             let what = format!(
                 "add `{{key: source.principal, notValues: [{principal:?}]}}` to `when` of {} rules[{index}]",
@@ -233,7 +230,7 @@ impl Model {
         };
         let one = |test| {
             let clauses = vec![Clause { any: vec![test], none: Vec::new() }];
-            vec![Alternative { clauses, ..Alternative::default() }]
+            vec![Alternative { clauses }]
         };
         let mut groups = vec![one(test)];
         let mut text = format!("from: [{{source: {{{source}}}}}]");

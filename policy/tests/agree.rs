@@ -450,7 +450,15 @@ fn agree(model: &Model, tables: &Tables, numbers: &compile::Numbers) -> Result<u
                     let destination_addr = addrs[destination_addr % addrs.len()];
                     let (source, destination) = (*source, *destination);
                     let (protocol, port) = (*protocol, *port);
-                    let flow = Flow { source, source_addr, destination, destination_addr, protocol, port };
+                    let flow = Flow {
+                        source,
+                        source_addr,
+                        destination,
+                        destination_addr,
+                        protocol,
+                        port,
+                        request: None,
+                    };
                     same(model, tables, &flow, *from, *to)?;
                     flows += 1;
                 }

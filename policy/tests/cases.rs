@@ -79,6 +79,7 @@ fn flow(title: &str, world: &str, default_deny: bool, line: &str) {
         destination_addr,
         protocol: 6,
         port,
+        request: None,
     });
     let rule = decision.rule.as_ref().map(|rule| format!(", {rule}")).unwrap_or_default();
     let verdict = match decision.verdict {

@@ -35,6 +35,7 @@ fn demo_allows_three_pairs_and_no_other() {
                 destination_addr: destination.addresses[0],
                 protocol: 6,
                 port,
+                request: None,
             };
             let expected = if allowed.contains(&from) { Verdict::Allow } else { Verdict::Deny };
             assert_eq!(model.eval(&flow).verdict, expected, "{from} -> {to}:{port}");

@@ -40,6 +40,7 @@ fn explain(policy: &str, from: &str, port: u16) -> Explanation {
         destination_addr: to.addresses[0],
         protocol: 6,
         port,
+        request: None,
     })
 }
 

@@ -34,7 +34,9 @@ fn verdict(model: &Model, namespace: &str, source: Option<(&str, &str)>, port: u
     let source = id.as_ref().map_or(Peer::Anonymous, Peer::Certified);
     let source_addr = "10.0.0.9".parse().unwrap();
     let (destination, destination_addr) = (Peer::Workload(destination), "10.0.0.1".parse().unwrap());
-    model.eval(&Flow { source, source_addr, destination, destination_addr, protocol: 6, port }).verdict
+    model
+        .eval(&Flow { source, source_addr, destination, destination_addr, protocol: 6, port, request: None })
+        .verdict
 }
 
 #[test]

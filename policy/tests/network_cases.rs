@@ -112,7 +112,7 @@ impl Case<'_> {
         let (source, source_addr) = end(&self.model, from);
         let (destination, destination_addr) = end(&self.model, to);
         let (protocol, port) = self::service(service);
-        Flow { source, source_addr, destination, destination_addr, protocol, port }
+        Flow { source, source_addr, destination, destination_addr, protocol, port, request: None }
     }
 
     /// Verdict and rules of the evaluator, which must also be those of the whole flow.

@@ -30,7 +30,9 @@ fn verdict(model: &Model, namespace: &str, name: &str, port: u16) -> Verdict {
     let workload = model.workload(namespace, name).unwrap();
     let (destination, destination_addr) = (Peer::Workload(&workload.identity), workload.addresses[0]);
     let (source, source_addr) = (Peer::Anonymous, "10.9.9.9".parse().unwrap());
-    model.eval(&Flow { source, source_addr, destination, destination_addr, protocol: 6, port }).verdict
+    model
+        .eval(&Flow { source, source_addr, destination, destination_addr, protocol: 6, port, request: None })
+        .verdict
 }
 
 /// Verdicts for default/web, default/db and prod/api at port 80.

@@ -5,6 +5,7 @@ mod ca;
 pub mod client;
 mod observe;
 mod policy;
+mod request;
 mod rows;
 mod table;
 

@@ -10,6 +10,7 @@ use weft_policy::lint::lint;
 use weft_policy::model::layer::icmp_port;
 use weft_policy::{Explanation, Flow, Model, ObjectStore, Origin, Peer, Severity, Verdict, Workload};
 
+use super::request::request;
 use super::{DONE, Failure, NO};
 use crate::args::{ExplainArgs, IpProtocol, Output, PolicyArgs, PolicyCommand};
 use crate::control::settings;
@@ -81,20 +82,28 @@ fn explain(args: &ExplainArgs) -> Result<u8, Failure> {
     };
     let destination = if to.enrolled { Peer::Workload(&to.identity) } else { Peer::Anonymous };
     let (protocol, port) = destination_port(args, destination_addr)?;
-    let flow = Flow { source, source_addr, destination, destination_addr, protocol, port };
+    let flow = Flow { source, source_addr, destination, destination_addr, protocol, port, request: None };
     let Explanation { decision, place, changes } = model.explain(&flow);
     let place_of = |place: &Origin| format!("{}:{}", place.file, place.line);
     let allowed = decision.verdict == Verdict::Allow;
+    // What policy says of one request on the connection. The connection itself is refused as long as no engine looks
+    // into it, so the answer to that stays the first.
+    let asked = request(args)?;
+    let of_request = asked.as_ref().map(|request| model.eval(&Flow { request: Some(request), ..flow }));
     let rule = decision.rule.as_ref().map(ToString::to_string);
     let mut out = io::stdout().lock();
     if args.output.output == Output::Json {
         let answer = json!({
             "allowed": allowed,
-            "verdict": match decision.verdict {
-                Verdict::Allow => "allow",
-                Verdict::Deny => "deny",
-                Verdict::Http => "http",
-            },
+            "verdict": name(decision.verdict),
+            "request": of_request.as_ref().map(|decision| {
+                json!({
+                    "verdict": name(decision.verdict),
+                    "rule": decision.rule.as_ref().map(ToString::to_string),
+                    "reason": decision.reason,
+                    "remedy": decision.remedy,
+                })
+            }),
             "from": args.from,
             "from_identity": from.enrolled.then(|| from.identity.spiffe.to_string()),
             "to": args.to,
@@ -131,8 +140,21 @@ fn explain(args: &ExplainArgs) -> Result<u8, Failure> {
         if let Some(remedy) = decision.remedy.filter(|_| changes.is_empty()) {
             writeln!(out, "to allow it: {remedy}")?;
         }
+        if let Some(of_request) = of_request {
+            let verdict = if of_request.verdict == Verdict::Allow { "allows" } else { "denies" };
+            let rule = of_request.rule.map(|rule| format!(", by {rule}")).unwrap_or_default();
+            writeln!(out, "of the request: policy {verdict} it, because {}{rule}", of_request.reason)?;
+        }
     }
     Ok(if allowed { DONE } else { NO })
+}
+
+fn name(verdict: Verdict) -> &'static str {
+    match verdict {
+        Verdict::Allow => "allow",
+        Verdict::Deny => "deny",
+        Verdict::Http => "http",
+    }
 }
 
 /// IP protocol number, and the port as policy has it.

@@ -236,8 +236,15 @@ fn explain(snapshot: &Snapshot, ends: ((u32, IpAddr), (u32, IpAddr)), protocol: 
         (1, IpAddr::V6(_)) => (58, icmp_port(128)),
         _ => (protocol, port),
     };
-    let decision =
-        snapshot.model.eval(&Flow { source, source_addr, destination, destination_addr, protocol, port });
+    let decision = snapshot.model.eval(&Flow {
+        source,
+        source_addr,
+        destination,
+        destination_addr,
+        protocol,
+        port,
+        request: None,
+    });
     match (decision.verdict, decision.remedy) {
         // The tables were older than the manifests by now are.
         (weft_policy::Verdict::Allow, _) => {

@@ -66,6 +66,7 @@ impl Snapshot {
             destination_addr: access.destination_addr,
             protocol: TCP,
             port: access.port,
+            request: None,
         }))
     }
 }

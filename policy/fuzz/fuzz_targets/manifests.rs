@@ -48,7 +48,7 @@ fn run(store: &ObjectStore) {
                 let (source_addr, destination_addr) =
                     (addrs[(turn + at) % addrs.len()], addrs[(at * 3 + *to as usize) % addrs.len()]);
                 let (source, destination, protocol, port) = (*source, *destination, *protocol, *port);
-                let flow = Flow { source, source_addr, destination, destination_addr, protocol, port };
+                let flow = Flow { source, source_addr, destination, destination_addr, protocol, port, request: None };
                 let expected = model.eval(&flow);
                 let access = Access {
                     source: *from,

@@ -77,6 +77,7 @@ impl Profile<'_> {
             source_in: &|range| point.within(range),
             destination: inward.addresses,
             port,
+            request: None,
         };
         let mut best = [(Match::No, None), (Match::No, None)];
         let mut first_allow: Option<&ObjectRef> = None;
@@ -204,6 +205,7 @@ impl Profile<'_> {
                 PortSet::Other => false,
             },
             port_named: &|name| self.named(model, name, point),
+            request: None,
         };
         rule.matches(&facts)
     }

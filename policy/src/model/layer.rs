@@ -15,6 +15,7 @@
 
 use super::selector::{LabelSelector, NAMESPACE_NAME, SERVICE_ACCOUNT};
 use super::{Cidr, Identity, SpiffeId};
+use crate::request::{Request, whole};
 use crate::source::rule::Match;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -236,6 +237,23 @@ pub struct NetworkFacts<'a> {
     pub port_in: &'a dyn Fn(u16, u16) -> bool,
     /// Is the port the one that the destination's pods call so? Undecided where they differ.
     pub port_named: &'a dyn Fn(&str) -> Match,
+    /// What HTTP shows, if anybody looks.
+    pub request: Option<&'a Request>,
+}
+
+impl HttpMatch {
+    fn matches(&self, request: &Request) -> bool {
+        let holds = |wanted: &Option<String>, text: &str| {
+            wanted.as_ref().is_none_or(|expression| whole(expression, text))
+        };
+        holds(&self.method, &request.method)
+            && holds(&self.path, &request.path)
+            && holds(&self.host, &request.host)
+            && self.headers.iter().all(|(name, wanted)| {
+                let value = request.header(name);
+                value.is_some_and(|value| wanted.as_ref().is_none_or(|wanted| *wanted == value))
+            })
+    }
 }
 
 impl NetworkPolicy {
@@ -251,7 +269,11 @@ impl NetworkRule {
     pub fn matches(&self, facts: &NetworkFacts<'_>) -> Match {
         let peers = self.peers.iter().map(|peer| peer.matches(facts)).max().unwrap_or(Match::No);
         let ports = self.ports.iter().map(|port| port.matches(facts)).max().unwrap_or(Match::No);
-        let http = if self.http.is_empty() { Match::Yes } else { Match::Undecided };
+        let http = match facts.request {
+            _ if self.http.is_empty() => Match::Yes,
+            None => Match::Undecided,
+            Some(request) => self.http.iter().any(|http| http.matches(request)).into(),
+        };
         peers.min(ports).min(http)
     }
 }

@@ -9,6 +9,7 @@
 
 use crate::model::cidr::Cidr;
 use crate::model::identity::SpiffeId;
+use crate::request::{Request, RequestTest};
 use std::net::IpAddr;
 
 /// Does it match? Ordered so that AND is the minimum and OR the maximum.
@@ -78,6 +79,8 @@ pub enum Test {
     SourceIp(Cidr),
     DestinationIp(Cidr),
     Port(u16),
+    /// Undecided where HTTP is not seen.
+    Request(RequestTest),
 }
 
 /// A field and its negation: one of `any` must hold unless it is empty, and none of `none`.
@@ -87,19 +90,9 @@ pub struct Clause {
     pub none: Vec<Test>,
 }
 
-/// An attribute that only HTTP shows, kept as written for the engine that will read it.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct HttpClause {
-    /// `methods`, `paths`, `request.headers[x]` and so on.
-    pub attribute: String,
-    pub any: Vec<String>,
-    pub none: Vec<String>,
-}
-
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Alternative {
     pub clauses: Vec<Clause>,
-    pub http: Vec<HttpClause>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -119,6 +112,8 @@ pub struct Facts<'a> {
     pub destination: &'a [IpAddr],
     /// 0 for protocols without ports.
     pub port: u16,
+    /// What HTTP shows, if anybody looks.
+    pub request: Option<&'a Request>,
 }
 
 impl Rule {
@@ -136,14 +131,13 @@ impl Rule {
 
     /// Does some part of it need HTTP?
     pub fn needs_http(&self) -> bool {
-        self.groups.iter().flatten().any(|alternative| !alternative.http.is_empty())
+        self.tests().any(|test| matches!(test, Test::Request(_)))
     }
 }
 
 impl Alternative {
     fn matches(&self, facts: &Facts<'_>) -> Match {
-        let http = if self.http.is_empty() { Match::Yes } else { Match::Undecided };
-        self.clauses.iter().map(|clause| clause.matches(facts)).min().unwrap_or(Match::Yes).min(http)
+        self.clauses.iter().map(|clause| clause.matches(facts)).min().unwrap_or(Match::Yes)
     }
 }
 
@@ -169,7 +163,7 @@ impl Test {
             Test::ServiceAccount { namespace, name } => {
                 *id.namespace == **namespace && *id.service_account == **name
             }
-            Test::SourceIp(_) | Test::DestinationIp(_) | Test::Port(_) => false,
+            Test::SourceIp(_) | Test::DestinationIp(_) | Test::Port(_) | Test::Request(_) => false,
         }
     }
 
@@ -190,6 +184,9 @@ impl Test {
                 }
             }
             Test::Port(port) => (facts.port == *port).into(),
+            Test::Request(test) => {
+                facts.request.map_or(Match::Undecided, |request| test.matches(request).into())
+            }
         }
     }
 }
@@ -202,12 +199,19 @@ mod tests {
     use super::*;
 
     fn with(source: Option<&SpiffeId>, port: u16, rule: &Rule) -> Match {
-        let facts = Facts { source, trust_domain: "td", source_in: &|_| false, destination: &[], port };
+        let facts = Facts {
+            source,
+            trust_domain: "td",
+            source_in: &|_| false,
+            destination: &[],
+            port,
+            request: None,
+        };
         rule.matches(&facts)
     }
 
     fn rule(any: Vec<Test>, none: Vec<Test>) -> Rule {
-        Rule { groups: vec![vec![Alternative { clauses: vec![Clause { any, none }], http: Vec::new() }]] }
+        Rule { groups: vec![vec![Alternative { clauses: vec![Clause { any, none }] }]] }
     }
 
     #[test]
@@ -237,9 +241,11 @@ mod tests {
 
     #[test]
     fn http_is_undecided_only_where_it_decides() {
-        let http = HttpClause { attribute: "methods".into(), any: vec!["GET".into()], none: vec![] };
-        let port = Clause { any: vec![Test::Port(80)], none: vec![] };
-        let rule = Rule { groups: vec![vec![Alternative { clauses: vec![port], http: vec![http] }]] };
+        let method = Test::Request(RequestTest::Method(Pattern::new("GET")));
+        let clause = |test| Clause { any: vec![test], none: vec![] };
+        let rule = Rule {
+            groups: vec![vec![Alternative { clauses: vec![clause(Test::Port(80)), clause(method)] }]],
+        };
         assert_eq!(with(None, 80, &rule), Match::Undecided);
         assert_eq!(with(None, 81, &rule), Match::No);
         assert_eq!(with(None, 81, &Rule::default()), Match::Yes);
@@ -256,6 +262,7 @@ mod tests {
                 source_in: &|_| false,
                 destination,
                 port: 1,
+                request: None,
             })
         };
         assert_eq!(at(&addrs), Match::Undecided);

@@ -4,9 +4,10 @@
 
 use super::Meta;
 use super::fields::{At, Fields, Findings};
-use super::rule::{Alternative, Clause, HttpClause, Pattern, Rule, Test};
+use super::rule::{Alternative, Clause, Pattern, Rule, Test};
 use crate::error::Severity;
 use crate::model::cidr::Cidr;
+use crate::request::{PathTemplate, RequestTest};
 use std::collections::BTreeMap;
 
 /// Labels that a workload must carry; empty selects all.
@@ -158,10 +159,10 @@ fn source(meta: &Meta, at: &At<'_>, out: &mut Findings) -> Alternative {
     pair("ipBlocks", "notIpBlocks", &source_ip, out);
     // Without a proxy in front the remote address is the source address: no header is believed at layer 4.
     pair("remoteIpBlocks", "notRemoteIpBlocks", &source_ip, out);
+    pair("requestPrincipals", "notRequestPrincipals", &|at, out| text(at, RequestTest::Principal, out), out);
     if named && accounts {
         out.error(at, "serviceAccounts cannot be combined with principals or namespaces; use two sources");
     }
-    http(&mut fields, &mut alternative, &[("requestPrincipals", "notRequestPrincipals")], out);
     finish(fields, at, &alternative, "source", out);
     alternative
 }
@@ -169,15 +170,18 @@ fn source(meta: &Meta, at: &At<'_>, out: &mut Findings) -> Alternative {
 fn operation(at: &At<'_>, out: &mut Findings) -> Alternative {
     let mut fields = at.fields(out);
     let mut alternative = Alternative::default();
-    let clause = Clause {
-        any: tests(&mut fields, "ports", &port, out),
-        none: tests(&mut fields, "notPorts", &port, out),
-    };
-    if clause != Clause::default() {
-        alternative.clauses.push(clause);
+    for (any, none, test) in [
+        ("ports", "notPorts", &port as &Read<'_, Test>),
+        ("hosts", "notHosts", &host),
+        ("methods", "notMethods", &|at, out| text(at, RequestTest::Method, out)),
+        ("paths", "notPaths", &path),
+    ] {
+        let clause =
+            Clause { any: tests(&mut fields, any, test, out), none: tests(&mut fields, none, test, out) };
+        if clause != Clause::default() {
+            alternative.clauses.push(clause);
+        }
     }
-    let pairs = [("hosts", "notHosts"), ("methods", "notMethods"), ("paths", "notPaths")];
-    http(&mut fields, &mut alternative, &pairs, out);
     finish(fields, at, &alternative, "operation", out);
     alternative
 }
@@ -196,6 +200,15 @@ fn condition(meta: &Meta, at: &At<'_>, out: &mut Findings) -> Alternative {
     let key_at = fields.take("key");
     let key = key_at.as_ref().and_then(|at| at.text(out)).unwrap_or_default();
     let account = |at: &At<'_>, out: &mut Findings| service_account(meta, at, out);
+    let names = bracketed(&key, "request.auth.claims");
+    let header =
+        bracketed(&key, "request.headers").and_then(|mut names| names.pop().filter(|_| names.is_empty()));
+    let claim = |at: &At<'_>, out: &mut Findings| {
+        text(at, |pattern| RequestTest::Claim(names.clone().unwrap_or_default(), pattern), out)
+    };
+    let of_header = |at: &At<'_>, out: &mut Findings| {
+        text(at, |pattern| RequestTest::Header(header.clone().unwrap_or_default(), pattern), out)
+    };
     let test: Option<&Read<'_, Test>> = match key.as_str() {
         "source.ip" | "remote.ip" => Some(&source_ip),
         "source.namespace" => Some(&namespace),
@@ -203,6 +216,11 @@ fn condition(meta: &Meta, at: &At<'_>, out: &mut Findings) -> Alternative {
         "source.serviceAccount" => Some(&account),
         "destination.ip" => Some(&destination_ip),
         "destination.port" => Some(&port),
+        "request.auth.principal" => Some(&|at, out| text(at, RequestTest::Principal, out)),
+        "request.auth.audiences" => Some(&|at, out| text(at, RequestTest::Audience, out)),
+        "request.auth.presenter" => Some(&|at, out| text(at, RequestTest::Presenter, out)),
+        _ if names.is_some() => Some(&claim),
+        _ if header.is_some() => Some(&of_header),
         _ => None,
     };
     if let Some(test) = test {
@@ -211,9 +229,6 @@ fn condition(meta: &Meta, at: &At<'_>, out: &mut Findings) -> Alternative {
             none: tests(&mut fields, "notValues", test, out),
         };
         alternative.clauses.push(clause);
-    } else if is_http_key(&key) {
-        let (any, none) = (fields.texts("values", out), fields.texts("notValues", out));
-        alternative.http.push(HttpClause { attribute: key.clone(), any, none });
     } else {
         fields.ignore(&["values", "notValues"]);
         match key_at {
@@ -231,30 +246,12 @@ fn condition(meta: &Meta, at: &At<'_>, out: &mut Findings) -> Alternative {
     alternative
 }
 
-fn is_http_key(key: &str) -> bool {
-    let indexed =
-        |name: &str| key.strip_prefix(name).is_some_and(|rest| rest.starts_with('[') && rest.ends_with(']'));
-    matches!(key, "request.auth.principal" | "request.auth.audiences" | "request.auth.presenter")
-        || indexed("request.headers")
-        || indexed("request.auth.claims")
-}
-
-fn http(
-    fields: &mut Fields<'_>,
-    to: &mut Alternative,
-    pairs: &[(&'static str, &'static str)],
-    out: &mut Findings,
-) {
-    for (any, none) in pairs {
-        let clause = HttpClause {
-            attribute: (*any).to_owned(),
-            any: tests(fields, any, &|at, out| present(at, out), out),
-            none: tests(fields, none, &|at, out| present(at, out), out),
-        };
-        if !clause.any.is_empty() || !clause.none.is_empty() {
-            to.http.push(clause);
-        }
-    }
+/// The names in `<prefix>[a][b]`, at least one and none of them empty.
+fn bracketed(key: &str, prefix: &str) -> Option<Vec<String>> {
+    let inner = key.strip_prefix(prefix)?.strip_prefix('[')?.strip_suffix(']')?;
+    let names: Vec<String> = inner.split("][").map(str::to_owned).collect();
+    let named = |name: &String| !name.is_empty() && !name.contains(['[', ']']);
+    names.iter().all(named).then_some(names)
 }
 
 /// Reads one value of a list.
@@ -277,6 +274,25 @@ fn present(at: &At<'_>, out: &mut Findings) -> Option<String> {
         return None;
     }
     Some(text)
+}
+
+/// A text pattern about a request.
+fn text(at: &At<'_>, test: impl Fn(Pattern) -> RequestTest, out: &mut Findings) -> Option<Test> {
+    Some(Test::Request(test(Pattern::new(&present(at, out)?))))
+}
+
+fn host(at: &At<'_>, out: &mut Findings) -> Option<Test> {
+    let host = present(at, out)?.to_ascii_lowercase();
+    Some(Test::Request(RequestTest::Host(Pattern::new(&host))))
+}
+
+fn path(at: &At<'_>, out: &mut Findings) -> Option<Test> {
+    let path = present(at, out)?;
+    if !PathTemplate::is_one(&path) {
+        return Some(Test::Request(RequestTest::Path(Pattern::new(&path))));
+    }
+    let template = PathTemplate::new(&path).map_err(|why| out.error(at, format!("no path template: {why}")));
+    Some(Test::Request(RequestTest::Template(template.ok()?)))
 }
 
 fn principal(at: &At<'_>, out: &mut Findings) -> Option<Test> {

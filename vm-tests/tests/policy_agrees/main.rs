@@ -102,7 +102,7 @@ fn expected(model: &Model, ends: &[End], (from, to, family, served): Asked) -> E
         (_, 0) => (1, icmp_port(8)),
         _ => (58, icmp_port(128)),
     };
-    let flow = Flow { source, source_addr, destination, destination_addr, protocol, port };
+    let flow = Flow { source, source_addr, destination, destination_addr, protocol, port, request: None };
     let mut decision = model.explain(&flow).decision;
     // Where egress waits for HTTP and ingress denies, `explain` names the denial; the packet is refused by the first.
     let outward = model.eval_egress(&flow);

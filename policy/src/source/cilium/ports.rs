@@ -1,6 +1,7 @@
 //! Which ports and messages a rule of Cilium is about, and whether HTTP must be seen on them.
 
 use crate::model::layer::{HttpMatch, PortMatch, Ports, icmp_port};
+use crate::request::anchored;
 use crate::source::core::{SCTP, TCP, UDP};
 use crate::source::fields::{At, Fields, Findings};
 use crate::source::selector;
@@ -159,9 +160,9 @@ fn l7(at: &At<'_>, out: &mut Findings) -> Vec<HttpMatch> {
 fn request(at: &At<'_>, out: &mut Findings) -> HttpMatch {
     let mut fields = at.fields(out);
     let mut request = HttpMatch {
-        method: fields.text("method", out),
-        path: fields.text("path", out),
-        host: fields.text("host", out),
+        method: expression(&mut fields, "method", out),
+        path: expression(&mut fields, "path", out),
+        host: expression(&mut fields, "host", out),
         headers: Vec::new(),
     };
     for text in fields.texts("headers", out) {
@@ -188,6 +189,21 @@ fn request(at: &At<'_>, out: &mut Findings) -> HttpMatch {
     }
     fields.finish(out);
     request
+}
+
+/// A regular expression; the empty one asks for nothing.
+fn expression(fields: &mut Fields<'_>, name: &'static str, out: &mut Findings) -> Option<String> {
+    let at = fields.take(name)?;
+    let text = at.text(out).filter(|text| !text.is_empty())?;
+    if anchored(&text).is_err() {
+        out.error(
+            &at,
+            format!(
+                "{text:?} is no regular expression; close every bracket, and escape what is meant as text"
+            ),
+        );
+    }
+    Some(text)
 }
 
 /// One item of `ports`: port 0 is any, and no protocol is any with ports.

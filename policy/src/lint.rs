@@ -1,8 +1,13 @@
 //! Manifests that are right and that their author hardly meant: warnings for `weft policy check`, never for an agent.
 
+mod http;
+mod shadow;
+
 use crate::error::{ObjectRef, Origin, Problem, Severity};
-use crate::model::{Model, Named};
-use crate::source::{AuthorizationPolicy, Spec};
+use crate::eval::{Flow, Peer, Verdict};
+use crate::model::{Model, Named, Workload};
+use crate::source::rule::Test;
+use crate::source::{Action, Spec};
 use crate::store::ObjectStore;
 use std::collections::BTreeSet;
 
@@ -10,9 +15,10 @@ use std::collections::BTreeSet;
 pub fn lint(store: &ObjectStore, model: &Model) -> Vec<Problem> {
     let mut problems = Vec::new();
     selectors(model, &mut problems);
-    for named in model.authorization_policies() {
-        repeated(named, &mut problems);
-    }
+    shadow::shadowed(model, &mut problems);
+    shadow::unreachable_baseline(model, &mut problems);
+    http::undeclared(store, model, &mut problems);
+    locked_out(model, &mut problems);
     services(store, model, &mut problems);
     problems.sort();
     problems
@@ -55,22 +61,52 @@ fn selectors(model: &Model, problems: &mut Vec<Problem>) {
     }
 }
 
-/// A rule that equals one before it, or stands beside one that matches everything, changes nothing.
-fn repeated(named: &Named<AuthorizationPolicy>, problems: &mut Vec<Problem>) {
-    let rules = &named.policy.rules;
-    let all = rules.iter().position(|rule| rule.groups.is_empty());
-    for (index, rule) in rules.iter().enumerate() {
-        let first = rules.iter().position(|other| other == rule).filter(|first| *first < index);
-        let by = match (first, all) {
-            (Some(first), _) => format!("is the same as rules[{first}]"),
-            (None, Some(all)) if all != index => {
-                format!("is shadowed by rules[{all}], which matches everything")
-            }
-            _ => continue,
+/// Nobody at all may reach a workload, and it declares no port on which the node may probe it (those stay open whatever
+/// policy says): if something checks its health over the network all the same, it finds it dead.
+fn locked_out(model: &Model, problems: &mut Vec<Problem>) {
+    for Named { object, origin, policy, .. } in model.authorization_policies() {
+        let nobody = match policy.action {
+            Action::Allow => policy.rules.is_empty(),
+            Action::Deny => policy.rules.iter().any(|rule| rule.groups.is_empty()),
         };
-        let line = named.policy.lines.get(index).copied().unwrap_or(named.origin.line);
-        let message = format!("{by}; remove one of them");
-        problems.push(warn(&named.origin, line, &named.object, &format!("spec.rules[{index}]"), message));
+        if !nobody || policy.dry_run {
+            continue;
+        }
+        let denied = |workload: &&Workload| {
+            let (own, addr) = (&workload.identity, workload.addresses.first());
+            let selected = model.selects(Some(&object.namespace), &policy.selector, own);
+            let Some(addr) = addr.filter(|_| selected && workload.probe_ports.is_empty()) else {
+                return false;
+            };
+            let (source, destination) = (Peer::Node, Peer::Workload(own));
+            let (source_addr, destination_addr) = (*addr, *addr);
+            let at = |port: u16| {
+                model.eval_ingress(&Flow {
+                    source,
+                    source_addr,
+                    destination,
+                    destination_addr,
+                    protocol: 6,
+                    port,
+                })
+            };
+            // Port 1 stands for all that no rule names.
+            let rules = model.authorizations(own).flat_map(|named| &named.policy.rules);
+            let named = rules.flat_map(|rule| rule.tests()).filter_map(|test| match test {
+                Test::Port(port) => Some(*port),
+                _ => None,
+            });
+            let open = named.chain([1]).any(|port| at(port).verdict == Verdict::Allow);
+            !open && at(1).rule.is_some_and(|rule| rule.object == *object)
+        };
+        if let Some(workload) = model.workloads().iter().find(denied) {
+            let message = format!(
+                "denies everything, health checks of the node too, and Pod {}/{} declares no probe by HTTP, TCP or gRPC; \
+                 declare it, and its port stays open to the node",
+                workload.namespace, workload.name
+            );
+            problems.push(warn(origin, origin.line, object, "spec", message));
+        }
     }
 }
 

@@ -60,6 +60,7 @@ pub struct ServicePort {
     pub port: u16,
     pub protocol: u8,
     pub target: TargetPort,
+    pub app_protocol: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -320,11 +321,12 @@ pub(super) fn service(spec: Option<At<'_>>, out: &mut Findings) -> Service {
         let port = port.and_then(|at| at.port(out));
         let protocol = protocol(&mut fields, out);
         let target = fields.take("targetPort").and_then(|at| target(&at, out));
-        fields.ignore(&["appProtocol", "nodePort"]);
+        let app_protocol = fields.text("appProtocol", out);
+        fields.ignore(&["nodePort"]);
         fields.finish(out);
         if let Some(port) = port {
             let target = target.unwrap_or(TargetPort::Number(port));
-            service.ports.push(ServicePort { name, port, protocol, target });
+            service.ports.push(ServicePort { name, port, protocol, target, app_protocol });
         }
     }
     spec.ignore(SERVICE_SPEC);

@@ -88,6 +88,7 @@ fn locked_out(model: &Model, problems: &mut Vec<Problem>) {
                     destination_addr,
                     protocol: 6,
                     port,
+                    request: None,
                 })
             };
             // Port 1 stands for all that no rule names.

@@ -49,14 +49,14 @@ fn put(claims: &mut Claims, names: &[&str], value: &str) -> bool {
         };
     }
     let text = value.to_owned();
-    match claims.remove(*name) {
+    match claims.get_mut(*name) {
         None => drop(claims.insert((*name).to_owned(), Claim::Text(text))),
-        Some(Claim::Text(first)) => drop(claims.insert((*name).to_owned(), Claim::Texts(vec![first, text]))),
-        Some(Claim::Texts(mut texts)) => {
-            texts.push(text);
+        Some(Claim::Nested(_)) => return false,
+        Some(Claim::Texts(texts)) => texts.push(text),
+        Some(Claim::Text(first)) => {
+            let texts = vec![std::mem::take(first), text];
             claims.insert((*name).to_owned(), Claim::Texts(texts));
         }
-        Some(Claim::Nested(_)) => return false,
     }
     true
 }

@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use tokio::sync::watch;
 use weft_datapath::abi::ServiceKey;
-use weft_policy::{Cidr, ObjectStore, Problem, Severity};
+use weft_policy::{Cidr, Engine, Identity, Severity};
 
 use crate::config::Config;
 use crate::kernel::destroy::cut_revoked;
@@ -22,7 +22,7 @@ use crate::manifests::files::Files;
 use crate::observe::recorder::Recorder;
 use crate::observe::tables::ProblemRow;
 use crate::proxy::{Registry, View};
-use crate::snapshot::{self, Snapshot};
+use crate::snapshot::Snapshot;
 
 /// How things stand after a turn.
 #[derive(Clone, Debug)]
@@ -50,17 +50,17 @@ pub struct Outlets {
 /// See the module.
 pub struct Control {
     node: String,
-    settings: weft_policy::Settings,
     mesh_cidrs: Vec<Cidr>,
     kernel: Arc<Kernel>,
     state: State,
     numbers: Numbers,
-    store: ObjectStore,
+    engine: Engine,
     texts: BTreeMap<String, String>,
     unreadable: BTreeMap<String, String>,
     desired: Option<Desired>,
     unenrollable: Vec<(String, String)>,
-    unnumbered: Vec<(String, String)>,
+    /// Identities without a number, and why.
+    unnumbered: BTreeMap<Arc<Identity>, String>,
     told: BTreeSet<String>,
     outlets: Outlets,
 }
@@ -70,17 +70,16 @@ impl Control {
     pub fn new(config: &Config, kernel: Arc<Kernel>, outlets: Outlets) -> Result<Control> {
         Ok(Control {
             node: config.node.clone(),
-            settings: settings(&config.trust_domain, config.default_deny),
             mesh_cidrs: config.mesh_cidrs.clone(),
             state: State::read(&kernel)?,
             numbers: Numbers::read(&kernel.maps)?,
             kernel,
-            store: ObjectStore::new(),
+            engine: Engine::new(settings(&config.trust_domain, config.default_deny)),
             texts: BTreeMap::new(),
             unreadable: BTreeMap::new(),
             desired: None,
             unenrollable: Vec::new(),
-            unnumbered: Vec::new(),
+            unnumbered: BTreeMap::new(),
             told: BTreeSet::new(),
             outlets,
         })
@@ -98,13 +97,15 @@ impl Control {
         }
         let desired = self.desired.as_ref().expect("the first turn is fresh");
         let applied = self.state.apply(&self.kernel, desired);
-        if let Some(next) = next {
+        if let Some(mut next) = next {
+            next.problems = self.engine.problems();
             self.publish(Arc::new(next));
         }
         let mut problems: Vec<ProblemRow> =
             applied.problems.iter().map(|(place, error)| row("datapath", place, error)).collect();
         problems.extend(self.unenrollable.iter().map(|(place, why)| row("workload", place, why)));
-        problems.extend(self.unnumbered.iter().map(|(place, why)| row("datapath", place, why)));
+        let unnumbered = self.unnumbered.iter();
+        problems.extend(unnumbered.map(|(identity, why)| row("datapath", &identity.spiffe.to_string(), why)));
         problems.extend(self.unreadable.iter().map(|(place, why)| row("manifests", place, why)));
         let mut cut = 0;
         if applied.renewed {
@@ -147,10 +148,15 @@ impl Control {
     /// Feeds the files that changed to the store; false when none did. One that cannot be read keeps its objects.
     fn take(&mut self, files: Files) -> bool {
         let mut changed = false;
-        let gone: Vec<String> =
-            self.store.files().filter(|name| !files.contains_key(*name)).map(str::to_owned).collect();
+        let gone: Vec<String> = self
+            .engine
+            .store()
+            .files()
+            .filter(|name| !files.contains_key(*name))
+            .map(str::to_owned)
+            .collect();
         for name in gone {
-            self.store.remove(&name);
+            self.engine.remove(&name);
             self.texts.remove(&name);
             changed = true;
         }
@@ -159,7 +165,7 @@ impl Control {
             match text {
                 Ok(text) if self.texts.get(&name) == Some(&text) => {}
                 Ok(text) => {
-                    self.store.apply(&name, &text);
+                    self.engine.apply(&name, &text);
                     self.texts.insert(name, text);
                     changed = true;
                 }
@@ -171,19 +177,15 @@ impl Control {
 
     /// An identity without a number (the map is full) has no rows: flows to it are refused, and the others go on.
     fn resolve(&mut self) -> Snapshot {
-        let model = self.store.model(self.settings.clone());
-        let mut numbers = snapshot::Numbers::new();
-        self.unnumbered.clear();
-        for identity in model.identities() {
-            match self.numbers.number(&self.kernel.maps, &identity.to_string()) {
-                Ok(number) => drop(numbers.insert(identity, number)),
-                Err(error) => self.unnumbered.push((identity.spiffe.to_string(), error.to_string())),
-            }
-        }
-        let mut problems: Vec<Problem> = self.store.problems().chain(model.problems()).cloned().collect();
-        problems.sort();
-        problems.dedup();
-        Snapshot::new(&self.node, model, numbers, problems)
+        let Control { engine, kernel, numbers, unnumbered, .. } = self;
+        let mut number = |identity: &Arc<Identity>| {
+            let number = numbers.number(&kernel.maps, &identity.to_string());
+            number.map_err(|error| unnumbered.insert(identity.clone(), error.to_string())).ok()
+        };
+        engine.update(&mut number);
+        let (model, numbers) = (engine.model(), engine.numbers());
+        unnumbered.retain(|identity, _| model.has(identity) && !numbers.contains_key(identity));
+        Snapshot::new(&self.node, model.clone(), engine.tables().clone(), numbers.clone())
     }
 
     /// The proxy first: what the tables then show is in force everywhere.

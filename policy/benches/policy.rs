@@ -1,10 +1,11 @@
 //! How long and how large: 10,000 policies over 10,000 workloads, and one verdict. `cargo bench -p weft-policy` prints the
 //! table of README.md; each world is measured in a process of its own, whose peak of memory is counted.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
 use std::hint::black_box;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use weft_datapath::abi::{
@@ -14,10 +15,10 @@ use weft_datapath::policy::{self, ALLOW, Access};
 use weft_datapath::tables::Tables as Lookup;
 use weft_policy::compile::Numbers;
 use weft_policy::model::cidr::addr;
-use weft_policy::{Model, ObjectStore, Settings, Tables, compile};
+use weft_policy::{Engine, Identity, Model, ObjectStore, Settings, Tables, compile};
 
 const COUNT: usize = 10_000;
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 9;
 /// Questions that are asked for one figure of `decide`.
 const QUESTIONS: usize = 1_000_000;
 
@@ -26,17 +27,49 @@ struct World {
     name: &'static str,
     manifests: fn() -> Vec<String>,
     entries: usize,
+    /// A pod, and a policy, in a version of this number.
+    changed: [fn(usize) -> String; 2],
 }
 
 const WORLDS: [World; 2] = [
     // For each destination: a row for all, and one for the caller that may (any other port, and the port).
-    World { name: "AuthorizationPolicy, 100 namespaces", manifests: authorization, entries: COUNT * 3 },
+    World {
+        name: "AuthorizationPolicy, 100 namespaces",
+        manifests: authorization,
+        entries: COUNT * 3,
+        changed: [
+            |version| {
+                format!(
+                    "apiVersion: v1\nkind: Pod\nmetadata: {{name: one, namespace: n7, labels: {{app: a7, v: v{version}}}}}\nspec: {{serviceAccountName: s8}}\nstatus: {{podIP: 10.200.0.1}}\n"
+                )
+            },
+            |version| {
+                format!(
+                    "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: one, namespace: n7}}\nspec: {{selector: {{matchLabels: {{app: a7}}}}, rules: [{{from: [{{source: {{ipBlocks: [10.201.{}.0/24]}}}}]}}]}}\n",
+                    version % 250
+                )
+            },
+        ],
+    },
     // Both ways: any peer, the node, and one peer with its port. Egress once more in the class, where all are allowed, and
     // the peer by another rule.
     World {
         name: "NetworkPolicy both ways, one namespace",
         manifests: network,
         entries: COUNT * (4 + 4 + 1 + 2),
+        changed: [
+            |version| {
+                format!(
+                    "apiVersion: v1\nkind: Pod\nmetadata: {{name: one, labels: {{app: a7, v: v{version}}}}}\nspec: {{serviceAccountName: s8}}\nstatus: {{podIP: 10.200.0.1}}\n"
+                )
+            },
+            |version| {
+                format!(
+                    "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: one}}\nspec: {{podSelector: {{matchLabels: {{app: a7}}}}, ingress: [{{from: [{{ipBlock: {{cidr: 10.201.{}.0/24}}}}]}}]}}\n",
+                    version % 250
+                )
+            },
+        ],
     },
 ];
 
@@ -48,8 +81,10 @@ fn main() {
         println!("{}", measure(&WORLDS[number]));
         return;
     }
-    println!("| 10,000 policies, 10,000 workloads | model | compile | entries | peak memory | one verdict |");
-    println!("|---|---|---|---|---|---|");
+    println!(
+        "| 10,000 policies, 10,000 workloads | model | compile | entries | peak memory | one pod | one policy | one verdict |"
+    );
+    println!("|---|---|---|---|---|---|---|---|");
     for number in 0..WORLDS.len() {
         let own = std::env::current_exe().expect("a program knows itself");
         let output = Command::new(own).args(["--world", &number.to_string()]).output().expect("start itself");
@@ -60,8 +95,8 @@ fn main() {
 
 fn measure(world: &World) -> String {
     let mut store = ObjectStore::new();
-    for (number, text) in (world.manifests)().into_iter().enumerate() {
-        store.apply(&format!("{number}.yaml"), &text);
+    for (number, text) in (world.manifests)().iter().enumerate() {
+        store.apply(&format!("{number}.yaml"), text);
     }
     let mut model = Model::default();
     let modelled = median(|| model = store.model(Settings::default()));
@@ -69,17 +104,52 @@ fn measure(world: &World) -> String {
     let numbers: Numbers = model.identities().into_iter().zip(16..).collect();
     let mut tables = Tables::default();
     let compiled = median(|| tables = compile(&model, &numbers));
-    assert_eq!(tables.policies.len(), world.entries);
+    let entries = tables.policies.len();
+    assert_eq!(entries, world.entries);
     let memory = peak_of_memory();
     let verdict = verdict(&tables, &model, &numbers);
+    drop((store, model, tables));
+    let [pod, policy] = changes(world);
     format!(
-        "| {} | {:.2} s | {:.2} s | {} | {memory} MB | {} ns |",
+        "| {} | {:.2} s | {:.2} s | {} | {memory} MB | {:.1} ms | {:.1} ms | {} ns |",
         world.name,
         modelled.as_secs_f64(),
         compiled.as_secs_f64(),
-        tables.policies.len(),
+        entries,
+        pod.as_secs_f64() * 1e3,
+        policy.as_secs_f64() * 1e3,
         verdict.as_nanos()
     )
+}
+
+/// From the text of one changed file to the difference of the tables: for a pod that comes, changes and goes, and for a
+/// policy that does.
+fn changes(world: &World) -> [Duration; 2] {
+    let mut engine = Engine::new(Settings::default());
+    for (number, text) in (world.manifests)().iter().enumerate() {
+        engine.apply(&format!("{number}.yaml"), text);
+    }
+    let mut numbers = BTreeMap::new();
+    let mut number = |identity: &Arc<Identity>| {
+        let next = 16 + numbers.len() as u32;
+        Some(*numbers.entry(identity.clone()).or_insert(next))
+    };
+    engine.update(&mut number);
+    let restarts = engine.restarts();
+    let mut version = 0;
+    let times = world.changed.map(|text| {
+        median(|| {
+            version += 1;
+            match version % 3 {
+                0 => engine.remove("one.yaml"),
+                _ => drop(engine.apply("one.yaml", &text(version)).len()),
+            }
+            let diff = engine.update(&mut number);
+            assert!(!diff.policies.is_empty(), "it matters");
+        })
+    });
+    assert_eq!(engine.restarts(), restarts, "no change begins from nothing");
+    times
 }
 
 fn median(mut work: impl FnMut()) -> Duration {

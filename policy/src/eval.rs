@@ -238,7 +238,7 @@ impl Model {
             request: flow.request,
         };
         let of = |wanted: fn(&Tier) -> bool| -> Vec<&Named<NetworkPolicy>> {
-            let selected = self.network.iter().filter(|named| wanted(&named.policy.tier));
+            let selected = self.network_policies().filter(|named| wanted(&named.policy.tier));
             selected.filter(|named| named.policy.subject.selects(&self.namespaces, subject)).collect()
         };
         if cilium {

@@ -14,6 +14,7 @@ use crate::source::{Action, MtlsMode};
 use crate::tables::{RuleAction, RuleRef};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 /// Most changes of one explanation: each layer may ask for one.
 const MAX_CHANGES: usize = 8;
@@ -71,7 +72,7 @@ impl Model {
         if let Some(named) = self.authorization.iter().find(|named| named.object == rule.object) {
             return Some(at(&named.origin, index.and_then(|index| named.policy.lines.get(index).copied())));
         }
-        if let Some(named) = self.authentication.iter().find(|named| named.object == rule.object) {
+        if let Some(named) = self.peer_authentications().find(|named| named.object == rule.object) {
             return Some(named.origin.clone());
         }
         let mut specs = self.network.iter().filter(|named| named.object == rule.object).peekable();
@@ -145,7 +146,8 @@ impl Model {
     /// The port asks for no proven identity.
     fn permissive<'a>(&self, state: &State<'a>, rule: &RuleRef) -> Option<Candidate<'a>> {
         let mut next = state.clone();
-        let named = next.model.authentication.iter_mut().find(|named| named.object == rule.object)?;
+        let mut all = next.model.authentication.values_mut().flatten();
+        let named = Arc::make_mut(all.find(|named| named.object == rule.object)?);
         let port = state.flow.port;
         let what = if named.policy.selector.is_empty() {
             named.policy.mode = MtlsMode::Permissive;
@@ -166,7 +168,7 @@ impl Model {
             let mut next = state.clone();
             let test = Test::Principal(Pattern::Exact(principal.clone()));
             let spared = Alternative { clauses: vec![Clause { any: Vec::new(), none: vec![test] }] };
-            next.model.authorization[at].policy.rules[index].groups.push(vec![spared]);
+            Arc::make_mut(&mut next.model.authorization[at]).policy.rules[index].groups.push(vec![spared]);
             let what = format!(
                 "add `{{key: source.principal, notValues: [{principal:?}]}}` to `when` of {} rules[{index}]",
                 rule.object
@@ -175,7 +177,8 @@ impl Model {
         }
         let mut next = state.clone();
         // Matches nothing, and leaves the others their positions.
-        next.model.authorization[at].policy.rules[index] = Rule { groups: vec![Vec::new()] };
+        Arc::make_mut(&mut next.model.authorization[at]).policy.rules[index] =
+            Rule { groups: vec![Vec::new()] };
         found.push((self.change(format!("remove {} rules[{index}]", rule.object), rule), next));
         found
     }
@@ -199,7 +202,7 @@ impl Model {
                 let by = RuleRef::rule(&named.object, RuleAction::Allow, index);
                 let mut add = |wanted: fn(&Test) -> bool, test: Test, what: String| {
                     let mut next = state.clone();
-                    let rule = &mut next.model.authorization[at].policy.rules[index];
+                    let rule = &mut Arc::make_mut(&mut next.model.authorization[at]).policy.rules[index];
                     let mut clauses = rule.groups.iter_mut().flatten().flat_map(|a| &mut a.clauses);
                     if let Some(clause) = clauses.find(|clause| clause.any.iter().any(wanted)) {
                         clause.any.push(test);
@@ -217,10 +220,9 @@ impl Model {
             }
         }
         let mut next = state.clone();
-        let Some(named) = next.model.authorization.iter_mut().find(|named| named.object == rule.object)
-        else {
-            return found;
-        };
+        let mut all = next.model.authorization.iter_mut();
+        let Some(named) = all.find(|named| named.object == rule.object) else { return found };
+        let named = Arc::make_mut(named);
         let (test, source) = match &principal {
             Some(name) => (Test::Principal(Pattern::Exact(name.clone())), format!("principals: [{name:?}]")),
             None => {
@@ -255,7 +257,7 @@ impl Model {
         let Peer::Workload(subject) = subject else { return Vec::new() };
         let policies = &state.model.network;
         let decides = |policy: &NetworkPolicy| policy.subject.selects(&state.model.namespaces, subject);
-        let by_name = |(_, named): &(usize, &crate::model::Named<NetworkPolicy>)| {
+        let by_name = |(_, named): &(usize, &Arc<crate::model::Named<NetworkPolicy>>)| {
             named.object == rule.object && decides(&named.policy)
         };
         let Some((at, named)) = policies.iter().enumerate().find(by_name) else { return Vec::new() };
@@ -282,10 +284,10 @@ impl Model {
                 let by = RuleRef::network(&named.object, own);
                 let place = format!("of {} {}[{}]", by.object, own.list.name(), own.index);
                 let mut next = state.clone();
-                next.model.network[at].policy.rules[index].peers.push(peers.clone());
+                Arc::make_mut(&mut next.model.network[at]).policy.rules[index].peers.push(peers.clone());
                 found.push((self.change(format!("add `{who}` to the peers {place}"), &by), next));
                 let mut next = state.clone();
-                next.model.network[at].policy.rules[index].ports.push(ports.clone());
+                Arc::make_mut(&mut next.model.network[at]).policy.rules[index].ports.push(ports.clone());
                 found.push((
                     self.change(format!("add {} to the ports {place}", port_text(&state.flow)), &by),
                     next,
@@ -313,7 +315,7 @@ impl Model {
         };
         if nameable {
             let mut next = state.clone();
-            next.model.network[at].policy.rules.insert(0, own);
+            Arc::make_mut(&mut next.model.network[at]).policy.rules.insert(0, own);
             let what = format!(
                 "add a rule that allows `{who}` and {} {position} {} of {}",
                 port_text(&state.flow),
@@ -325,7 +327,7 @@ impl Model {
         if let (RuleAction::Deny, Some(index)) = (rule.action, rule.index) {
             let mut next = state.clone();
             for named in next.model.network.iter_mut().filter(|named| named.object == rule.object) {
-                named.policy.rules.retain(|own| own.list != rule.list || own.index != index);
+                Arc::make_mut(named).policy.rules.retain(|own| own.list != rule.list || own.index != index);
             }
             let what = format!("remove {} {}[{index}]", rule.object, rule.list.name());
             found.push((self.change(what, rule), next));

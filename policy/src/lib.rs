@@ -7,6 +7,7 @@
 //! | resolve | [`model`] | objects, a [`Model`] in which every reference is resolved |
 //! | compile | [`compile()`] | a model, the [`Tables`] that the kernel reads |
 //! | decide | [`eval`] | a model and a flow, a verdict with its reason |
+//! | follow | [`engine`] | a change of some objects, the difference of the tables |
 //! | explain | [`mod@explain`] | the line that decided, and for a deny what would allow it |
 //!
 //! INVARIANT: this crate does no I/O, and nothing that it cannot enforce is skipped in silence: a policy object that
@@ -14,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 pub mod compile;
+pub mod engine;
 pub mod error;
 pub mod eval;
 pub mod explain;
@@ -25,6 +27,7 @@ pub mod store;
 pub mod tables;
 
 pub use compile::compile;
+pub use engine::Engine;
 pub use error::{ObjectRef, Origin, Problem, Severity};
 pub use eval::{Decision, Flow, Peer, Verdict};
 pub use explain::{Change, Explanation};

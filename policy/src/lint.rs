@@ -10,6 +10,7 @@ use crate::source::rule::Test;
 use crate::source::{Action, Spec};
 use crate::store::ObjectStore;
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 /// Everything there is to say, sorted.
 pub fn lint(store: &ObjectStore, model: &Model) -> Vec<Problem> {
@@ -51,8 +52,7 @@ fn selectors(model: &Model, problems: &mut Vec<Problem>) {
         let policy: &crate::model::NetworkPolicy = &named.policy;
         identities.iter().any(|own| policy.subject.selects(model.namespaces(), own))
     };
-    let busy: BTreeSet<_> =
-        model.network_policies().iter().filter(selects).map(|named| &named.object).collect();
+    let busy: BTreeSet<_> = model.network_policies().filter(selects).map(|named| &named.object).collect();
     let mut told = BTreeSet::new();
     for Named { object, origin, .. } in model.network_policies() {
         if !busy.contains(object) && told.insert(object) {
@@ -72,7 +72,7 @@ fn locked_out(model: &Model, problems: &mut Vec<Problem>) {
         if !nobody || policy.dry_run {
             continue;
         }
-        let denied = |workload: &&Workload| {
+        let denied = |workload: &&Arc<Workload>| {
             let (own, addr) = (&workload.identity, workload.addresses.first());
             let selected = model.selects(Some(&object.namespace), &policy.selector, own);
             let Some(addr) = addr.filter(|_| selected && workload.probe_ports.is_empty()) else {

@@ -6,13 +6,26 @@
 use crate::error::{ObjectRef, Origin, Problem, Severity};
 use crate::model::{Model, Settings};
 use crate::source::{self, Broken, Object, Outcome};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-/// All objects, by file.
+/// All objects, by file and by name.
 #[derive(Clone, Debug, Default)]
 pub struct ObjectStore {
     files: BTreeMap<String, File>,
+    /// Those of one name, if several files give it; in no order.
+    named: BTreeMap<ObjectRef, Vec<Arc<Object>>>,
+    changed: Changed,
+}
+
+/// What became different since somebody last asked.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Changed {
+    pub objects: BTreeSet<ObjectRef>,
+    /// Documents that cannot be read came, went or changed.
+    pub broken: bool,
+    /// Of several documents with one name one came or went.
+    pub ambiguous: bool,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -30,17 +43,17 @@ impl ObjectStore {
     /// Takes the new text of a file and says what is wrong with it. Objects that are gone from it are dropped, unless a
     /// document in it cannot even be told apart: then they stay, because it may be one of them.
     pub fn apply(&mut self, file: &str, text: &str) -> &[Problem] {
-        let former = self.files.remove(file).unwrap_or_default();
-        let mut former: BTreeMap<ObjectRef, Arc<Object>> =
-            former.objects.into_iter().map(|object| (object.meta.object.clone(), object)).collect();
+        let before = self.files.remove(file).unwrap_or_default();
+        let objects = before.objects.iter().map(|object| (object.meta.object.clone(), object.clone()));
+        let mut former: BTreeMap<ObjectRef, Arc<Object>> = objects.collect();
         let parsed = source::parse(file, text);
         let mut next = File { problems: parsed.problems, ..File::default() };
         let mut unnamed = Vec::new();
         for outcome in parsed.outcomes {
             match outcome {
                 Outcome::Object(object) => {
-                    former.remove(&object.meta.object);
-                    next.objects.push(object);
+                    let same = former.remove(&object.meta.object).filter(|former| *former == object);
+                    next.objects.push(same.unwrap_or(object));
                 }
                 Outcome::Broken(broken) => match &broken.object {
                     None => unnamed.push(broken),
@@ -60,12 +73,57 @@ impl ObjectStore {
                 next.keep(object, broken.origin.clone());
             }
         }
+        self.note(&before, &next);
         &self.files.entry(file.to_owned()).insert_entry(next).into_mut().problems
     }
 
     /// Drops a file and all its objects.
     pub fn remove(&mut self, file: &str) {
-        self.files.remove(file);
+        let before = self.files.remove(file).unwrap_or_default();
+        self.note(&before, &File::default());
+    }
+
+    /// What became different since the last call.
+    pub fn take_changed(&mut self) -> Changed {
+        std::mem::take(&mut self.changed)
+    }
+
+    fn note(&mut self, before: &File, after: &File) {
+        let unchanged: BTreeSet<_> = after.objects.iter().map(Arc::as_ptr).collect();
+        let gone = before.objects.iter().filter(|object| !unchanged.contains(&Arc::as_ptr(object)));
+        for object in gone {
+            let name = &object.meta.object;
+            self.changed.objects.insert(name.clone());
+            if let Some(all) = self.named.get_mut(name) {
+                self.changed.ambiguous |= all.len() > 1;
+                all.retain(|own| !Arc::ptr_eq(own, object));
+                if all.is_empty() {
+                    self.named.remove(name);
+                }
+            }
+        }
+        let kept: BTreeSet<_> = before.objects.iter().map(Arc::as_ptr).collect();
+        for object in after.objects.iter().filter(|object| !kept.contains(&Arc::as_ptr(object))) {
+            self.changed.objects.insert(object.meta.object.clone());
+            let all = self.named.entry(object.meta.object.clone()).or_default();
+            self.changed.ambiguous |= !all.is_empty();
+            all.push(object.clone());
+        }
+        self.changed.broken |= before.broken != after.broken;
+    }
+
+    /// All objects of one name: more than one if several documents give it.
+    pub fn named(&self, name: &ObjectRef) -> &[Arc<Object>] {
+        self.named.get(name).map_or(&[], Vec::as_slice)
+    }
+
+    /// Objects of one kind in one namespace, sorted by name.
+    pub(crate) fn of_kind(&self, kind: &str, namespace: &str) -> impl Iterator<Item = &Arc<Object>> {
+        let first = ObjectRef { kind: kind.into(), namespace: namespace.into(), name: "".into() };
+        let from = self.named.range(first.clone()..);
+        let own =
+            from.take_while(move |(name, _)| name.kind == first.kind && name.namespace == first.namespace);
+        own.flat_map(|(_, all)| all)
     }
 
     /// Names of all files, in order.

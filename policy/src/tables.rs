@@ -208,6 +208,24 @@ pub struct Diff<K, V> {
     pub remove: Vec<K>,
 }
 
+impl<K, V> Default for Diff<K, V> {
+    fn default() -> Self {
+        Diff { set: Vec::new(), remove: Vec::new() }
+    }
+}
+
+impl<K: Ord + Clone, V: PartialEq + Clone> Diff<K, V> {
+    pub fn is_empty(&self) -> bool {
+        self.set.is_empty() && self.remove.is_empty()
+    }
+
+    /// Carries it out.
+    pub fn apply(&self, map: &mut BTreeMap<K, V>) {
+        map.extend(self.set.iter().cloned());
+        self.remove.iter().for_each(|key| drop(map.remove(key)));
+    }
+}
+
 /// The difference from `current` to `desired`.
 pub fn diff<K: Ord + Clone, V: PartialEq + Clone>(
     current: &BTreeMap<K, V>,
@@ -217,5 +235,52 @@ pub fn diff<K: Ord + Clone, V: PartialEq + Clone>(
     Diff {
         set: changed.map(|(key, value)| (key.clone(), value.clone())).collect(),
         remove: current.keys().filter(|key| !desired.contains_key(key)).cloned().collect(),
+    }
+}
+
+/// What turns one state of the tables into another.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TablesDiff {
+    pub subjects: Diff<SubjectKey, Subject>,
+    pub modes: Diff<ModeKey, u32>,
+    pub policies: Diff<PolicyKey, PolicyValue>,
+    pub cidrs: Diff<(Addr, u8), u32>,
+    pub ranges: Diff<(u16, u8), u32>,
+    pub rules: Diff<u32, RuleRef>,
+    pub endpoints: Diff<Addr, Endpoint>,
+    pub services: Diff<ServiceKey, ServiceEntry>,
+    /// Where it became different: all of it.
+    pub inside: Option<Vec<cidr::Cidr>>,
+}
+
+impl TablesDiff {
+    /// The difference from `current` to `desired`, without what the agent fills.
+    pub fn new(current: &Tables, desired: &Tables) -> TablesDiff {
+        TablesDiff {
+            subjects: diff(&current.subjects, &desired.subjects),
+            modes: diff(&current.modes, &desired.modes),
+            policies: diff(&current.policies, &desired.policies),
+            cidrs: diff(&current.cidrs, &desired.cidrs),
+            ranges: diff(&current.ranges, &desired.ranges),
+            rules: diff(&current.rules, &desired.rules),
+            endpoints: diff(&current.endpoints, &desired.endpoints),
+            services: diff(&current.services, &desired.services),
+            inside: (current.inside != desired.inside).then(|| desired.inside.clone()),
+        }
+    }
+
+    /// Carries it out.
+    pub fn apply(&self, tables: &mut Tables) {
+        self.subjects.apply(&mut tables.subjects);
+        self.modes.apply(&mut tables.modes);
+        self.policies.apply(&mut tables.policies);
+        self.cidrs.apply(&mut tables.cidrs);
+        self.ranges.apply(&mut tables.ranges);
+        self.rules.apply(&mut tables.rules);
+        self.endpoints.apply(&mut tables.endpoints);
+        self.services.apply(&mut tables.services);
+        if let Some(inside) = &self.inside {
+            tables.inside.clone_from(inside);
+        }
     }
 }

@@ -207,7 +207,7 @@ fn an_unrelated_policy_changes_nothing() {
                 new.rule(*number)
             );
         }
-        let added = after.network_policies().iter().find(|named| &*named.object.name == "another");
+        let added = after.network_policies().find(|named| &*named.object.name == "another");
         for (identity, number) in &numbers {
             tried.set(tried.get() + 1);
             let selected =

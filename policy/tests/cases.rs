@@ -91,17 +91,20 @@ fn flow(title: &str, world: &str, default_deny: bool, line: &str) {
     assert_eq!(decision.remedy.is_some(), decision.verdict != Verdict::Allow, "{title}: {line}");
 
     // The same of the tables, with the caller as a workload that nothing selects.
-    let mut numbers: compile::Numbers = model
-        .identities()
-        .into_iter()
-        .enumerate()
-        .map(|(i, identity)| (identity, FIRST_WORKLOAD + i as u32))
-        .collect();
-    let mut source_number = if source == Peer::Node { NODE } else { ANONYMOUS };
-    if let Some(caller) = caller.clone() {
-        source_number = 1000;
-        numbers.insert(caller.into(), source_number);
+    if let Some(SpiffeId { namespace, service_account, .. }) = caller.as_ref().map(|caller| &caller.spiffe) {
+        let pod = format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: the-caller, namespace: {namespace}}}\n\
+             spec: {{serviceAccountName: {service_account}}}\n"
+        );
+        store.apply("caller.yaml", &pod);
     }
+    let model = store.model(Settings { default_deny, ..Settings::default() });
+    let numbers: compile::Numbers = model.identities().into_iter().zip(FIRST_WORKLOAD..).collect();
+    let source_number = match (source, &caller) {
+        (Peer::Node, _) => NODE,
+        (_, Some(caller)) => numbers[caller],
+        _ => ANONYMOUS,
+    };
     let tables = compile(&model, &numbers);
     let destination = numbers[destination];
     let access = Access {

@@ -45,6 +45,8 @@ impl Manifests {
     pub fn read(&mut self) -> anyhow::Result<Placement> {
         let (files, _) = files::read(&self.dir).with_context(|| self.dir.display().to_string())?;
         self.take(files);
+        // Placement is made from nothing each time.
+        self.store.take_changed();
         Ok(placement(&self.store.model(self.settings.clone())))
     }
 

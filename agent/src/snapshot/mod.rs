@@ -53,12 +53,11 @@ pub struct Local {
 impl Snapshot {
     /// Of no manifests: nobody is known, everything asked is denied.
     pub fn empty() -> Snapshot {
-        Snapshot::new("", Model::default(), Numbers::new(), Vec::new())
+        Snapshot::new("", Model::default(), Tables::default(), Numbers::new())
     }
 
-    /// Resolves a model for this node.
-    pub fn new(node: &str, model: Model, numbers: Numbers, problems: Vec<Problem>) -> Snapshot {
-        let tables = weft_policy::compile(&model, &numbers);
+    /// A model and its tables, for this node; without problems.
+    pub fn new(node: &str, model: Model, tables: Tables, numbers: Numbers) -> Snapshot {
         let mut by_address = HashMap::new();
         let mut local = Vec::new();
         let mut unenrollable = Vec::new();
@@ -97,6 +96,7 @@ impl Snapshot {
             }
         }
         let names = Names::new(&model, &numbers, &tables);
+        let problems = Vec::new();
         Snapshot { model, tables, numbers, problems, local, unenrollable, names, by_address }
     }
 
@@ -140,8 +140,9 @@ pub(crate) mod tests {
         store.apply("test.yaml", text);
         let model = store.model(Settings::default());
         let numbers = model.identities().into_iter().zip(16..).collect();
+        let tables = weft_policy::compile(&model, &numbers);
         let problems = store.check(Settings::default());
-        Snapshot::new("n1", model, numbers, problems)
+        Snapshot { problems, ..Snapshot::new("n1", model, tables, numbers) }
     }
 
     /// Two pods on `n1`, one on `n2`, a service and a policy.

@@ -6,7 +6,7 @@
 
 use super::PortSet;
 use crate::model::Cidr;
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use weft_datapath::abi::Addr;
 
 pub(super) struct Classes {
@@ -29,6 +29,19 @@ impl Classes {
         };
         let numbers: Vec<u32> = cidrs.iter().map(number).collect();
         Classes { list: cidrs.into_iter().zip(numbers).collect(), pieces: pieces(ranges) }
+    }
+
+    /// The ranges that only one of the two has. `None` where one that both have has another number.
+    pub(super) fn others(&self, other: &Classes) -> Option<Vec<Cidr>> {
+        let (one, two): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            (self.list.iter().copied().collect(), other.list.iter().copied().collect());
+        if one.iter().any(|(cidr, number)| two.get(cidr).is_some_and(|now| now != number)) {
+            return None;
+        }
+        let only = |of: &BTreeMap<Cidr, u32>, not: &BTreeMap<Cidr, u32>| -> Vec<Cidr> {
+            of.keys().filter(|cidr| !not.contains_key(cidr)).copied().collect()
+        };
+        Some([only(&one, &two), only(&two, &one)].concat())
     }
 
     pub(super) fn addresses(&self) -> BTreeMap<(Addr, u8), u32> {
@@ -117,20 +130,6 @@ pub(super) fn free(wanted: u32, mut taken: impl FnMut(u32) -> bool) -> u32 {
         number = number % 0x7fff_ffff + 1;
     }
     number
-}
-
-/// Numbers for things that are listed in order. On a clash the later thing moves, so the order must be that of content.
-pub(super) fn numbered<T: std::hash::Hash + Eq>(
-    things: impl Iterator<Item = T>,
-    bytes: impl Fn(&T) -> Vec<u8>,
-) -> HashMap<T, u32> {
-    let mut taken = HashSet::new();
-    things
-        .map(|thing| {
-            let number = free(hash(bytes(&thing).into_iter()), |number| !taken.insert(number));
-            (thing, number)
-        })
-        .collect()
 }
 
 #[cfg(test)]

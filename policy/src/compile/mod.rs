@@ -9,28 +9,34 @@
 //! peer that is not treated as most are, and each class of addresses inside a range that its policies name.
 //!
 //! A peer number that is not in the model gets the row of any peer; the agent publishes tables before it enrols.
+//!
+//! A [`Compiler`] keeps what it made and follows a [`Change`] of the model by looking at those whom it may concern: subjects
+//! by the anchors of the policies that came and went, profiles by the traits that somebody gained or lost.
 
 mod classes;
+mod index;
+mod log;
 mod peers;
 mod profile;
 mod rows;
+mod rules;
+mod subjects;
 mod verdict;
 
 use crate::model::cidr::{Cidr, addr};
-use crate::model::{Identity, Model};
+use crate::model::{Change, Identity, Model, Service, Workload};
 use crate::source::core::Balance;
-use crate::tables::{RuleRef, ServiceEntry, Tables};
-use classes::{Classes, numbered};
+use crate::tables::{RuleRef, ServiceEntry, Tables, TablesDiff};
+use classes::Classes;
+use log::Changing;
 use peers::Peers;
-use profile::{Profile, Selection};
-use rows::{Rows, rows};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::rc::Rc;
+use profile::{Ranges, Selection};
+use rules::{Renumber, RuleNumbers};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
-use weft_datapath::abi::{
-    Backend, Endpoint, ModeKey, PolicyKey, PolicyValue, ServiceKey, Subject, SubjectKey,
-};
-use weft_datapath::policy::{EGRESS, EGRESS_SHIFT, OUTWARD, PORT_MODES, RANGE};
+use subjects::Subjects;
+use weft_datapath::abi::{Backend, Endpoint, ServiceKey};
 use weft_datapath::service::{LEAST_CONNECTIONS, ROUND_ROBIN};
 
 /// Identity numbers, as the agent hands them out.
@@ -52,100 +58,258 @@ enum PortSet {
 
 /// Makes the tables. An identity without a number gets no entry, so that flows to it are refused.
 pub fn compile(model: &Model, numbers: &Numbers) -> Tables {
-    let (cidrs, ranges) = profile::ranges(model);
-    let classes = Classes::new(cidrs, &ranges);
-    let mut tables = Tables { cidrs: classes.addresses(), ranges: classes.ports(), ..Tables::default() };
-    let peers = Peers::new(model, numbers);
-    let selection = Selection::new(model);
-    let enrolled: BTreeSet<Arc<Identity>> = model.identities().into_iter().collect();
-    let mut shared: BTreeMap<Profile<'_>, Rc<Rows>> = BTreeMap::new();
-    let mut sides = Vec::new();
-    for (identity, number) in peers.all.iter().filter(|(identity, _)| enrolled.contains(*identity)) {
-        let profile = Profile::ingress(model, &selection, identity);
-        let mut subject = Subject::default();
-        if let Some(inward) = &profile.inward {
-            subject.mode = inward.mode.0;
-            for (port, mode) in inward.ports.iter().filter(|(_, mode)| mode.0 != subject.mode) {
-                subject.flags |= PORT_MODES;
-                tables.modes.insert(ModeKey { bank: 0, identity: *number, port: *port, pad: 0 }, mode.0);
-            }
-        }
-        let mut of = |profile| {
-            let made = shared.entry(profile);
-            made.or_insert_with_key(|profile| Rc::new(rows(profile, model, &classes, &peers))).clone()
+    Compiler::new(model, &mut |identity| numbers.get(identity).copied()).tables
+}
+
+/// The tables, and what is needed to follow a change.
+pub(crate) struct Compiler {
+    tables: Tables,
+    peers: Peers,
+    selection: Selection,
+    ranges: Ranges,
+    classes: Classes,
+    subjects: Subjects,
+    rules: RuleNumbers,
+}
+
+/// A change that is not followed: the tables must be made from nothing.
+#[derive(Debug)]
+pub(crate) struct FromNothing;
+
+impl From<Renumber> for FromNothing {
+    fn from(Renumber: Renumber) -> Self {
+        FromNothing
+    }
+}
+
+impl Compiler {
+    /// Compiles a model. `number` names an identity to the kernel.
+    pub(crate) fn new(model: &Model, number: &mut dyn FnMut(&Arc<Identity>) -> Option<u32>) -> Compiler {
+        let ranges = Ranges::new(&model.authorization, &model.network);
+        let mut compiler = Compiler {
+            tables: Tables::default(),
+            peers: Peers::new(),
+            selection: Selection::new(model),
+            classes: Classes::new(ranges.cidrs.clone(), &ranges.ports),
+            ranges,
+            subjects: Subjects::default(),
+            rules: RuleNumbers::default(),
         };
-        let inward = of(profile);
-        subject.flags |= inward.flags;
-        sides.push((*number, 0, inward));
-        if let Some(profile) = Profile::egress(model, &selection, identity) {
-            let outward = of(profile);
-            subject.flags |= EGRESS | outward.flags << EGRESS_SHIFT;
-            sides.push((*number, OUTWARD, outward));
-        }
-        tables.subjects.insert(SubjectKey { bank: 0, identity: *number }, subject);
-    }
-    write(&shared, &sides, &mut tables);
-    endpoints(model, numbers, &mut tables);
-    services(model, &mut tables);
-    tables
-}
-
-/// Writes the rows of each subject, and numbers the rules in them.
-fn write(shared: &BTreeMap<Profile<'_>, Rc<Rows>>, sides: &[(u32, u8, Rc<Rows>)], tables: &mut Tables) {
-    let all = shared.values().flat_map(|rows| &rows.list).flat_map(|(_, _, row)| row.values());
-    let rules: BTreeSet<&RuleRef> = all.filter_map(|(_, rule)| rule.as_ref()).collect();
-    let numbers: HashMap<&RuleRef, u32> = numbered(rules.into_iter(), |rule| rule.to_string().into_bytes());
-    let mut entries = Vec::new();
-    for (subject, side, rows) in sides {
-        for (peer, class, row) in &rows.list {
-            for ((protocol, port, range), (verdict, rule)) in row.iter() {
-                let kind = side | if *range { RANGE } else { 0 };
-                let (subject, peer, class, protocol, port) = (*subject, *peer, *class, *protocol, *port);
-                let key = PolicyKey { bank: 0, subject, peer, class, port, protocol, kind };
-                let rule = rule.as_ref().and_then(|rule| numbers.get(rule)).copied().unwrap_or(0);
-                entries.push((key, PolicyValue { verdict: *verdict, rule }));
+        for identity in model.identities() {
+            if let Some(number) = number(&identity) {
+                compiler.peers.insert(number, &identity);
             }
         }
-    }
-    tables.rules = numbers.into_iter().map(|(rule, number)| (number, rule.clone())).collect();
-    tables.policies = entries.into_iter().collect();
-}
-
-fn endpoints(model: &Model, numbers: &Numbers, tables: &mut Tables) {
-    for workload in model.workloads.iter().filter(|workload| workload.enrolled) {
-        for ip in &workload.addresses {
-            match numbers.get(&workload.identity) {
-                Some(identity) => {
-                    let endpoint = Endpoint { identity: *identity, ifindex: 0, flags: 0, pad: 0 };
-                    tables.endpoints.insert(addr(*ip), endpoint);
+        let Compiler { tables, peers, selection, classes, subjects, rules, .. } = &mut compiler;
+        let numbers: Vec<u32> = peers.all.keys().copied().collect();
+        for subject in numbers {
+            let sides = subjects.find(model, selection, peers, subject);
+            subjects.place(subject, sides);
+        }
+        let profiles: Vec<u32> = subjects.profiles().collect();
+        profiles.iter().for_each(|profile| drop(subjects.make(model, classes, peers, *profile)));
+        *rules = RuleNumbers::new(profiles.iter().flat_map(|profile| subjects.rules(*profile)).cloned());
+        for subject in subjects.all() {
+            let Some((value, modes)) = subjects.subject(subject) else { continue };
+            tables.subjects.insert(subjects::key(subject), value);
+            tables.modes.extend(modes);
+        }
+        tables.policies = subjects.all().flat_map(|subject| subjects.entries(subject, rules)).collect();
+        tables.rules = rules.all();
+        tables.cidrs = classes.addresses();
+        tables.ranges = classes.ports();
+        for workload in &model.workloads {
+            for (ip, endpoint) in endpoints(workload, peers) {
+                match endpoint {
+                    Some(endpoint) => drop(tables.endpoints.insert(addr(ip), endpoint)),
+                    None => tables.inside.push(Cidr::host(ip)),
                 }
-                None => tables.inside.push(Cidr::host(*ip)), // In the mesh, and nobody can say who it is: refused.
             }
         }
-    }
-    tables.inside.extend(model.refused_addresses().iter().map(|ip| Cidr::host(*ip)));
-}
-
-fn services(model: &Model, tables: &mut Tables) {
-    for service in &model.services {
-        for ip in &service.addresses {
-            for port in &service.ports {
-                let same_family =
-                    port.backends.iter().filter(|(backend, _)| backend.is_ipv4() == ip.is_ipv4());
-                let entry = ServiceEntry {
-                    service: (service.namespace.to_string(), service.name.to_string()),
-                    balance: match service.balance {
-                        // The datapath has no third way; turns spread connections as evenly as chance does.
-                        Balance::RoundRobin | Balance::Random => ROUND_ROBIN,
-                        Balance::LeastConnections => LEAST_CONNECTIONS,
-                    },
-                    backends: same_family
-                        .map(|(ip, port)| Backend { addr: addr(*ip), port: *port, pad: 0 })
-                        .collect(),
-                };
-                let key = ServiceKey { addr: addr(*ip), port: port.port, protocol: port.protocol, pad: 0 };
+        tables.inside.extend(model.refused_addresses().iter().map(|ip| Cidr::host(*ip)));
+        for service in &model.services {
+            for (key, entry) in entries(service) {
                 tables.services.entry(key).or_insert(entry);
             }
         }
+        compiler
     }
+
+    pub(crate) fn tables(&self) -> &Tables {
+        &self.tables
+    }
+
+    pub(crate) fn numbers(&self) -> &Numbers {
+        &self.peers.numbers
+    }
+
+    /// Follows a change that the model has made already. On an error this compiler is of no more use.
+    pub(crate) fn follow(
+        &mut self,
+        model: &Model,
+        change: &Change,
+        number: &mut dyn FnMut(&Arc<Identity>) -> Option<u32>,
+    ) -> Result<TablesDiff, FromNothing> {
+        let mut log = Changing::default();
+        let (mut concerned, mut stale) = self.follow_identities(model, change, number)?;
+        stale.extend(self.follow_ranges(model, change, &mut log)?);
+        if change.named_ports {
+            stale.extend(self.subjects.by_name());
+        }
+        for anchor in self.selection.follow(model, change) {
+            concerned.extend(self.peers.at(anchor));
+        }
+
+        let Compiler { tables, peers, selection, classes, subjects, rules, .. } = self;
+        let next = subjects.next;
+        let mut moved: BTreeMap<u32, subjects::Sides> = BTreeMap::new();
+        for subject in concerned {
+            let sides = subjects.find(model, selection, peers, subject);
+            if sides != subjects.sides(subject) {
+                moved.insert(subject, sides);
+            }
+        }
+        stale.extend(next..subjects.next);
+        let mut rewritten: BTreeSet<u32> =
+            stale.iter().flat_map(|profile| subjects.subjects(*profile)).collect();
+        rewritten.extend(moved.keys());
+        for subject in &rewritten {
+            let Some((_, modes)) = subjects.subject(*subject) else { continue };
+            log.subjects.put(&mut tables.subjects, subjects::key(*subject), None);
+            modes.into_keys().for_each(|key| log.modes.put(&mut tables.modes, key, None));
+            for (key, _) in subjects.entries(*subject, rules) {
+                log.policies.put(&mut tables.policies, key, None);
+            }
+        }
+        let mut left: BTreeSet<u32> = BTreeSet::new();
+        for (subject, sides) in moved {
+            left.extend(subjects.place(subject, sides));
+        }
+        // Another subject may have come to it since.
+        left.retain(|profile| subjects.subjects(*profile).next().is_none());
+        let mut unused: Vec<_> = left.into_iter().map(|profile| subjects.forget(peers, profile)).collect();
+        for profile in stale {
+            unused.push(subjects.make(model, classes, peers, profile));
+            let come = |number, rule: &RuleRef| log.rules.put(&mut tables.rules, number, Some(rule.clone()));
+            rules.keep(subjects.rules(profile), come)?;
+        }
+        for rule_set in unused {
+            rules.drop(&rule_set, |number| log.rules.put(&mut tables.rules, number, None))?;
+        }
+        for subject in rewritten {
+            let Some((value, modes)) = subjects.subject(subject) else { continue };
+            log.subjects.put(&mut tables.subjects, subjects::key(subject), Some(value));
+            modes.into_iter().for_each(|(key, mode)| log.modes.put(&mut tables.modes, key, Some(mode)));
+            for (key, value) in subjects.entries(subject, rules) {
+                log.policies.put(&mut tables.policies, key, Some(value));
+            }
+        }
+        self.follow_places(change, &mut log)?;
+        Ok(log.end(&self.tables))
+    }
+
+    /// Identities that come, go or have other pods. Returns the subjects that are concerned by that, and the profiles.
+    fn follow_identities(
+        &mut self,
+        model: &Model,
+        change: &Change,
+        number: &mut dyn FnMut(&Arc<Identity>) -> Option<u32>,
+    ) -> Result<(BTreeSet<u32>, BTreeSet<u32>), FromNothing> {
+        let (mut subjects, mut profiles) = (BTreeSet::new(), BTreeSet::new());
+        let mut population = false;
+        for identity in &change.identities {
+            let known = self.peers.number(identity);
+            let present = model.has(identity);
+            let number = match known {
+                Some(number) => number,
+                None if !present => continue,
+                None => number(identity).ok_or(FromNothing)?,
+            };
+            match (known.is_some(), present) {
+                (true, false) => self.peers.remove(number),
+                (false, true) => self.peers.insert(number, identity),
+                _ => {}
+            }
+            population |= known.is_some() != present;
+            profiles.extend(self.peers.look(model, number, identity));
+            subjects.insert(number);
+        }
+        if population {
+            profiles.extend(self.subjects.by_count(self.peers.all.len()));
+        }
+        Ok((subjects, profiles))
+    }
+
+    /// Ranges that come and go with the policies that name them. Returns the profiles that have rows for them.
+    fn follow_ranges(
+        &mut self,
+        model: &Model,
+        change: &Change,
+        log: &mut Changing,
+    ) -> Result<BTreeSet<u32>, FromNothing> {
+        let named = Ranges::new(change.authorization.iter().flatten(), change.network.iter().flatten());
+        if named == Ranges::default() {
+            return Ok(BTreeSet::new());
+        }
+        let ranges = Ranges::new(&model.authorization, &model.network);
+        if ranges == self.ranges {
+            return Ok(BTreeSet::new());
+        }
+        let classes = Classes::new(ranges.cidrs.clone(), &ranges.ports);
+        let cidrs = self.classes.others(&classes).ok_or(FromNothing)?;
+        let profiles = self.subjects.by_range(&cidrs, ranges.ports != self.ranges.ports).collect();
+        (self.classes, self.ranges) = (classes, ranges);
+        log.cidrs.turn(&mut self.tables.cidrs, &self.classes.addresses());
+        log.ranges.turn(&mut self.tables.ranges, &self.classes.ports());
+        Ok(profiles)
+    }
+
+    /// Who has which address, and what is behind services.
+    fn follow_places(&mut self, change: &Change, log: &mut Changing) -> Result<(), FromNothing> {
+        let tables = &mut self.tables;
+        for former in change.workloads.iter().filter_map(|[former, _]| former.as_ref()) {
+            for (ip, _) in endpoints(former, &self.peers) {
+                log.endpoints.put(&mut tables.endpoints, addr(ip), None);
+            }
+        }
+        for present in change.workloads.iter().filter_map(|[_, present]| present.as_ref()) {
+            for (ip, endpoint) in endpoints(present, &self.peers) {
+                log.endpoints.put(&mut tables.endpoints, addr(ip), Some(endpoint.ok_or(FromNothing)?));
+            }
+        }
+        for (key, entry) in change.services.values().flat_map(|service| entries(service)) {
+            // Of an address that several services claim only the first is served.
+            if tables.services.get(&key).is_some_and(|own| own.service == entry.service) {
+                log.services.put(&mut tables.services, key, Some(entry));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The addresses of a workload; without an endpoint if nobody can say who it is: in the mesh, and refused.
+fn endpoints(workload: &Workload, peers: &Peers) -> impl Iterator<Item = (IpAddr, Option<Endpoint>)> {
+    let identity = peers.number(&workload.identity);
+    let endpoint = identity.map(|identity| Endpoint { identity, ifindex: 0, flags: 0, pad: 0 });
+    let addresses = workload.addresses.iter().filter(|_| workload.enrolled);
+    addresses.map(move |ip| (*ip, endpoint))
+}
+
+fn entries(service: &Service) -> impl Iterator<Item = (ServiceKey, ServiceEntry)> {
+    let places = service.addresses.iter().flat_map(|ip| service.ports.iter().map(move |port| (ip, port)));
+    places.map(|(ip, port)| {
+        let same_family = port.backends.iter().filter(|(backend, _)| backend.is_ipv4() == ip.is_ipv4());
+        let entry = ServiceEntry {
+            service: (service.namespace.to_string(), service.name.to_string()),
+            balance: match service.balance {
+                // The datapath has no third way; turns spread connections as evenly as chance does.
+                Balance::RoundRobin | Balance::Random => ROUND_ROBIN,
+                Balance::LeastConnections => LEAST_CONNECTIONS,
+            },
+            backends: same_family
+                .map(|(ip, port)| Backend { addr: addr(*ip), port: *port, pad: 0 })
+                .collect(),
+        };
+        (ServiceKey { addr: addr(*ip), port: port.port, protocol: port.protocol, pad: 0 }, entry)
+    })
 }

@@ -2,25 +2,38 @@
 //!
 //! Most policies name a few peers, so most workloads are alike to them; only those that a test or a selector may match
 //! are looked at one by one. That keeps the work for a subject in the size of its policies, not of the mesh. What a
-//! selector finds is remembered, because many policies select alike.
+//! selector finds is kept, because many policies select alike, and follows workloads that come and go.
 
+use super::index::{Anchor, Index};
 use crate::model::layer::{Peer, PodSet};
 use crate::model::selector::{NAMESPACE_NAME, SERVICE_ACCOUNT};
 use crate::model::{Identity, Model};
 use crate::source::rule::{Pattern, Test};
-use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::rc::Rc;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use weft_datapath::identity::{ANONYMOUS, NODE};
 
 /// Something that may tell one workload from another.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum Trait<'m> {
-    Test(&'m Test),
-    Pods(&'m PodSet),
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub(super) enum Trait {
+    Test(Test),
+    Pods(PodSet),
     /// It is asked which port its pods call so.
-    Named(&'m str, u8),
+    Named(String, u8),
+}
+
+/// Workloads that are alike in one trait: nothing for tests and selectors; ports, and whether all pods have it, for names.
+type Kind = Vec<(u16, bool)>;
+
+/// A trait and who has it.
+struct Known {
+    what: Arc<Trait>,
+    /// All who may have it stand there; absent: they may stand anywhere.
+    anchor: Option<Anchor>,
+    /// Few kinds, each with somebody in it, in order.
+    members: Vec<(Kind, BTreeSet<u32>)>,
+    /// Profiles that ask for it.
+    users: BTreeSet<u32>,
 }
 
 /// Peers with one verdict, named by one of them.
@@ -32,39 +45,130 @@ pub(super) struct Group<'a> {
 /// The identity numbers of a group.
 pub(super) enum Numbers {
     These(Vec<u32>),
-    /// All workloads but those at these positions.
+    /// All workloads but these.
     AllBut(HashSet<u32>),
 }
 
-/// Workloads by position that have something in common.
-enum Selected {
-    All,
-    /// Each list by itself: its members are alike.
-    Lists(Vec<Vec<u32>>),
+/// All identities with a number.
+pub(super) struct Peers {
+    pub(super) all: BTreeMap<u32, Arc<Identity>>,
+    pub(super) numbers: BTreeMap<Arc<Identity>, u32>,
+    index: Index<u32>,
+    known: BTreeMap<u32, Known>,
+    ids: HashMap<Arc<Trait>, u32>,
+    next: u32,
+    /// Traits by anchor.
+    about: Index<u32>,
+    anywhere: BTreeSet<u32>,
 }
 
-/// All identities with a number, sorted.
-pub(super) struct Peers<'a> {
-    model: &'a Model,
-    pub(super) all: Vec<(&'a Arc<Identity>, u32)>,
-    accounts: BTreeMap<(&'a str, &'a str), Vec<u32>>,
-    labels: HashMap<(&'a str, &'a str), Vec<u32>>,
-    known: RefCell<HashMap<Trait<'a>, Rc<Selected>>>,
-}
-
-impl<'a> Peers<'a> {
-    pub(super) fn new(model: &'a Model, numbers: &'a super::Numbers) -> Self {
-        let all: Vec<_> = numbers.iter().map(|(identity, number)| (identity, *number)).collect();
-        let mut accounts: BTreeMap<_, Vec<u32>> = BTreeMap::new();
-        let mut labels: HashMap<_, Vec<u32>> = HashMap::new();
-        for (at, (identity, _)) in all.iter().enumerate() {
-            let id = &identity.spiffe;
-            accounts.entry((&*id.namespace, &*id.service_account)).or_default().push(at as u32);
-            for (key, value) in identity.labels.iter() {
-                labels.entry((key.as_str(), value.as_str())).or_default().push(at as u32);
-            }
+impl Peers {
+    pub(super) fn new() -> Self {
+        Peers {
+            all: BTreeMap::new(),
+            numbers: BTreeMap::new(),
+            index: Index::new(),
+            known: BTreeMap::new(),
+            ids: HashMap::new(),
+            next: 0,
+            about: Index::new(),
+            anywhere: BTreeSet::new(),
         }
-        Peers { model, all, accounts, labels, known: RefCell::default() }
+    }
+
+    pub(super) fn number(&self, identity: &Identity) -> Option<u32> {
+        self.numbers.get(identity).copied()
+    }
+
+    /// Who may stand under an anchor.
+    pub(super) fn at(&self, anchor: Anchor) -> impl Iterator<Item = u32> {
+        self.index.get(anchor).copied()
+    }
+
+    /// An identity comes.
+    pub(super) fn insert(&mut self, number: u32, identity: &Arc<Identity>) {
+        Anchor::of(identity).for_each(|anchor| self.index.insert(anchor, number));
+        self.all.insert(number, identity.clone());
+        self.numbers.insert(identity.clone(), number);
+    }
+
+    /// An identity goes.
+    pub(super) fn remove(&mut self, number: u32) {
+        let Some(identity) = self.all.remove(&number) else { return };
+        Anchor::of(&identity).for_each(|anchor| self.index.remove(anchor, &number));
+        self.numbers.remove(&identity);
+    }
+
+    /// Looks anew at what one identity has; returns the profiles that ask for a trait in which it became different.
+    pub(super) fn look(&mut self, model: &Model, number: u32, identity: &Identity) -> BTreeSet<u32> {
+        let present = self.all.contains_key(&number);
+        let traits: BTreeSet<u32> = self.about.about(identity).chain(&self.anywhere).copied().collect();
+        let mut concerned = BTreeSet::new();
+        for id in traits {
+            let Some(known) = self.known.get_mut(&id) else { continue };
+            let now = if present { known.what.kind(model, identity) } else { None };
+            let former = known.members.iter().find(|(_, members)| members.contains(&number));
+            if former.map(|(kind, _)| kind) == now.as_ref() {
+                continue;
+            }
+            known.members.retain_mut(|(_, members)| {
+                members.remove(&number);
+                !members.is_empty()
+            });
+            if let Some(kind) = now {
+                join(&mut known.members, kind, number);
+            }
+            concerned.extend(&known.users);
+        }
+        concerned
+    }
+
+    /// A profile asks for a trait. Absent where it tells nobody from another.
+    pub(super) fn ask(&mut self, model: &Model, what: Trait, user: u32) -> Option<u32> {
+        if let Some(id) = self.ids.get(&what) {
+            self.known.get_mut(id)?.users.insert(user);
+            return Some(*id);
+        }
+        let anchor = match what.place() {
+            Place::Nowhere => return None,
+            Place::Anywhere => None,
+            Place::Under(anchors) => anchors.into_iter().min_by_key(|anchor| self.index.count(*anchor)),
+        };
+        let mut members = Vec::new();
+        let mut look = |number: u32, identity: &Identity| {
+            if let Some(kind) = what.kind(model, identity) {
+                join(&mut members, kind, number);
+            }
+        };
+        match anchor {
+            None => self.all.iter().for_each(|(number, identity)| look(*number, identity)),
+            Some(anchor) => self.index.get(anchor).for_each(|number| look(*number, &self.all[number])),
+        }
+        let id = self.next;
+        self.next += 1;
+        match anchor {
+            None => drop(self.anywhere.insert(id)),
+            Some(anchor) => self.about.insert(anchor, id),
+        }
+        let what = Arc::new(what);
+        self.ids.insert(what.clone(), id);
+        self.known.insert(id, Known { what, anchor, members, users: BTreeSet::from([user]) });
+        Some(id)
+    }
+
+    /// A profile is gone.
+    pub(super) fn leave(&mut self, id: u32, user: u32) {
+        let Some(known) = self.known.get_mut(&id) else { return };
+        known.users.remove(&user);
+        if !known.users.is_empty() {
+            return;
+        }
+        match known.anchor {
+            None => drop(self.anywhere.remove(&id)),
+            Some(anchor) => self.about.remove(anchor, &id),
+        }
+        self.ids.remove(&known.what);
+        self.known.remove(&id);
     }
 
     /// How many numbers a group has.
@@ -79,131 +183,103 @@ impl<'a> Peers<'a> {
         match numbers {
             Numbers::These(numbers) => Box::new(numbers.iter().copied()),
             Numbers::AllBut(except) => {
-                let rest = self.all.iter().enumerate().filter(|(at, _)| !except.contains(&(*at as u32)));
-                Box::new(rest.map(|(_, (_, number))| *number))
+                Box::new(self.all.keys().copied().filter(|number| !except.contains(number)))
             }
         }
     }
 
-    /// The groups that these traits tell apart: the anonymous, the node, and workloads of equal traits.
-    pub(super) fn groups(&self, traits: impl Iterator<Item = Trait<'a>>) -> Vec<Group<'a>> {
+    /// The groups that these traits tell apart: the anonymous, the node, workloads of equal traits, and last those that have
+    /// none, if there are any.
+    pub(super) fn groups(&self, traits: &BTreeSet<u32>) -> Vec<Group<'_>> {
         let mut groups = vec![
             Group { peer: Peer::Anonymous, numbers: Numbers::These(vec![ANONYMOUS]) },
             Group { peer: Peer::Node, numbers: Numbers::These(vec![NODE]) },
         ];
-        let mut seen = HashSet::new();
-        let mut count = 0u32;
-        let mut traits_of: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
-        for one in traits.filter(|one| seen.insert(*one)) {
-            let Selected::Lists(lists) = &*self.selected(one) else { continue };
-            for list in lists {
-                count += 1;
-                list.iter().for_each(|at| traits_of.entry(*at).or_default().push(count));
+        let mut traits_of: BTreeMap<u32, Vec<(u32, &Kind)>> = BTreeMap::new();
+        for known in traits.iter().filter_map(|id| Some((*id, self.known.get(id)?))) {
+            for (kind, members) in &known.1.members {
+                members.iter().for_each(|number| traits_of.entry(*number).or_default().push((known.0, kind)));
             }
         }
         let special: HashSet<u32> = traits_of.keys().copied().collect();
-        let mut alike: BTreeMap<Vec<u32>, Vec<u32>> = BTreeMap::new();
-        for (at, traits) in traits_of {
-            alike.entry(traits).or_default().push(at);
+        let mut alike: BTreeMap<Vec<(u32, &Kind)>, Vec<u32>> = BTreeMap::new();
+        for (number, traits) in traits_of {
+            alike.entry(traits).or_default().push(number);
         }
-        for positions in alike.into_values() {
-            let peer = Peer::Workload(self.all[positions[0] as usize].0);
-            let numbers = positions.iter().map(|at| self.all[*at as usize].1).collect();
+        let mut alike: Vec<Vec<u32>> = alike.into_values().collect();
+        // By who is in them, which does not depend on what was asked for first.
+        alike.sort_unstable();
+        for numbers in alike {
+            let peer = Peer::Workload(&self.all[&numbers[0]]);
             groups.push(Group { peer, numbers: Numbers::These(numbers) });
         }
-        if let Some(first) = (0..self.all.len()).find(|at| !special.contains(&(*at as u32))) {
-            groups.push(Group { peer: Peer::Workload(self.all[first].0), numbers: Numbers::AllBut(special) });
+        if let Some((_, first)) = self.all.iter().find(|(number, _)| !special.contains(number)) {
+            groups.push(Group { peer: Peer::Workload(first), numbers: Numbers::AllBut(special) });
         }
         groups
     }
+}
 
-    fn selected(&self, one: Trait<'a>) -> Rc<Selected> {
-        if let Some(known) = self.known.borrow().get(&one) {
-            return known.clone();
-        }
-        let selected = Rc::new(match one {
-            Trait::Test(test) => self.tested(test),
-            Trait::Pods(pods) => self.pods(pods),
-            Trait::Named(name, protocol) => self.named(name, protocol),
-        });
-        self.known.borrow_mut().insert(one, selected.clone());
-        selected
+fn join(members: &mut Vec<(Kind, BTreeSet<u32>)>, kind: Kind, number: u32) {
+    match members.binary_search_by(|(own, _)| own.cmp(&kind)) {
+        Ok(at) => drop(members[at].1.insert(number)),
+        Err(at) => members.insert(at, (kind, BTreeSet::from([number]))),
     }
+}
 
-    fn tested(&self, test: &Test) -> Selected {
-        let list = match test {
-            Test::ServiceAccount { namespace, name } => self.account(namespace, name),
-            Test::Principal(Pattern::Exact(text)) => match text.split('/').collect::<Vec<_>>()[..] {
-                // The trust domain is left to the test itself.
-                [_, "ns", namespace, "sa", name] => self.account(namespace, name),
-                _ => Vec::new(),
-            },
-            Test::Namespace(Pattern::Exact(namespace)) => self.namespace(namespace),
-            // Every workload has both, so presence tells none from another.
-            Test::Principal(Pattern::Present) | Test::Namespace(Pattern::Present) => return Selected::All,
-            Test::Principal(_) | Test::Namespace(_) => {
-                let domain = &*self.model.settings().trust_domain;
-                self.filtered(None, |identity| test.names(&identity.spiffe, domain))
+/// Where those stand who may have a trait.
+enum Place {
+    /// All have it, or none: it tells nobody from another.
+    Nowhere,
+    Anywhere,
+    /// Under each of these.
+    Under(Vec<Anchor>),
+}
+
+impl Trait {
+    fn place(&self) -> Place {
+        let account = |namespace: &str, name: &str| {
+            Place::Under(vec![Anchor::new(Some(namespace), Some((SERVICE_ACCOUNT, name)))])
+        };
+        match self {
+            Trait::Test(Test::ServiceAccount { namespace, name }) => account(namespace, name),
+            Trait::Test(Test::Principal(Pattern::Exact(text))) => {
+                match text.split('/').collect::<Vec<_>>()[..] {
+                    // The trust domain is left to the test itself.
+                    [_, "ns", namespace, "sa", name] => account(namespace, name),
+                    _ => Place::Nowhere,
+                }
             }
-            _ => return Selected::All,
-        };
-        // Accounts of other trust domains are among them, whom an exact principal may tell apart.
-        let domain = &*self.model.settings().trust_domain;
-        let exact = matches!(test, Test::Principal(Pattern::Exact(_)));
-        let hit = |at: &u32| !exact || test.names(&self.all[*at as usize].0.spiffe, domain);
-        Selected::Lists(vec![list.into_iter().filter(hit).collect()])
-    }
-
-    fn account(&self, namespace: &str, name: &str) -> Vec<u32> {
-        self.accounts.get(&(namespace, name)).cloned().unwrap_or_default()
-    }
-
-    fn namespace(&self, namespace: &str) -> Vec<u32> {
-        let from = self.accounts.range((namespace, "")..);
-        let inside = from.take_while(|((ns, _), _)| *ns == namespace);
-        inside.flat_map(|(_, positions)| positions).copied().collect()
-    }
-
-    fn pods(&self, pods: &PodSet) -> Selected {
-        if pods.is_all() {
-            return Selected::All;
-        }
-        let labelled = pods.pods.equal.iter().filter(|(key, _)| *key != SERVICE_ACCOUNT);
-        let fewest = labelled
-            .map(|(key, value)| {
-                self.labels.get(&(key.as_str(), value.as_str())).map_or(&[][..], Vec::as_slice)
-            })
-            .min_by_key(|positions| positions.len());
-        // By label, else by namespace; to collect a namespace costs its size.
-        let inside = match (fewest, pods.namespaces.equal.get(NAMESPACE_NAME)) {
-            (None, Some(namespace)) => Some(self.namespace(namespace)),
-            _ => None,
-        };
-        let candidates = fewest.or(inside.as_deref());
-        Selected::Lists(vec![
-            self.filtered(candidates, |identity| pods.selects(self.model.namespaces(), identity)),
-        ])
-    }
-
-    fn named(&self, name: &str, protocol: u8) -> Selected {
-        let key = (name.to_owned(), protocol);
-        let mut lists: BTreeMap<Vec<(u16, bool)>, Vec<u32>> = BTreeMap::new();
-        for (at, (identity, _)) in self.all.iter().enumerate() {
-            let pods = self.model.pods(identity);
-            if let Some(ports) = pods.named.get(&key) {
-                let ports = ports.iter().map(|(port, count)| (*port, *count == pods.count)).collect();
-                lists.entry(ports).or_default().push(at as u32);
+            Trait::Test(Test::Namespace(Pattern::Exact(namespace))) => {
+                Place::Under(vec![Anchor::new(Some(namespace), None)])
+            }
+            // Every workload has both.
+            Trait::Test(Test::Principal(Pattern::Present) | Test::Namespace(Pattern::Present)) => {
+                Place::Nowhere
+            }
+            Trait::Test(Test::Principal(_) | Test::Namespace(_)) | Trait::Named(..) => Place::Anywhere,
+            Trait::Test(_) => Place::Nowhere,
+            Trait::Pods(pods) if pods.is_all() => Place::Nowhere,
+            Trait::Pods(pods) => {
+                let namespace = pods.namespaces.equal.get(NAMESPACE_NAME).map(String::as_str);
+                let labels = pods.pods.equal.iter().map(|(key, value)| Some((key.as_str(), value.as_str())));
+                let all = namespace.is_some().then_some(None).into_iter().chain(labels);
+                let anchors: Vec<_> = all.map(|label| Anchor::new(namespace, label)).collect();
+                if anchors.is_empty() { Place::Anywhere } else { Place::Under(anchors) }
             }
         }
-        Selected::Lists(lists.into_values().collect())
     }
 
-    /// The positions, of some candidates or of all, for which this holds.
-    fn filtered(&self, candidates: Option<&[u32]>, holds: impl Fn(&Identity) -> bool) -> Vec<u32> {
-        let holds = |at: &u32| holds(self.all[*at as usize].0);
-        match candidates {
-            Some(list) => list.iter().copied().filter(holds).collect(),
-            None => (0..self.all.len() as u32).filter(holds).collect(),
+    /// What an identity has of it, if anything.
+    fn kind(&self, model: &Model, identity: &Identity) -> Option<Kind> {
+        match self {
+            Trait::Test(test) => test.names(&identity.spiffe, &model.settings.trust_domain).then(Kind::new),
+            Trait::Pods(pods) => pods.selects(&model.namespaces, identity).then(Kind::new),
+            Trait::Named(name, protocol) => {
+                let pods = model.pods(identity);
+                let ports = pods.named.get(&(name.clone(), *protocol))?;
+                Some(ports.iter().map(|(port, count)| (*port, *count == pods.count)).collect())
+            }
         }
     }
 }

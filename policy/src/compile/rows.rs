@@ -1,14 +1,14 @@
 //! The rows of one profile: which verdict for which peers, classes of addresses, protocols and ports.
 
 use super::classes::Classes;
-use super::peers::{Group, Peers, Trait};
+use super::peers::{Group, Numbers, Peers, Trait};
 use super::profile::{Profile, long};
 use super::verdict::{Entry, Point};
 use super::{LISTED, PortSet};
 use crate::model::layer::{PeerMatch, Ports};
 use crate::model::{Cidr, Model};
 use crate::source::rule::Test;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use weft_datapath::identity::ANY;
 use weft_datapath::policy::{BY_CLASS, BY_PROTOCOL, BY_RANGE};
@@ -21,11 +21,14 @@ pub(super) type Cell = (u8, u16, bool);
 pub(super) type Row = BTreeMap<Cell, Entry>;
 
 /// The rows of all subjects of one profile.
+#[derive(Default)]
 pub(super) struct Rows {
     /// Without [`weft_datapath::policy::EGRESS_SHIFT`].
     pub(super) flags: u32,
     /// Peer, class, row.
     pub(super) list: Vec<(u32, u32, Arc<Row>)>,
+    /// As long as there are this many peers, it does not matter how many there are. Absent where it always does.
+    pub(super) enough: Option<usize>,
 }
 
 /// The ports of a profile.
@@ -37,24 +40,27 @@ struct PortAxis {
     ranges: bool,
 }
 
-pub(super) fn rows<'a>(
-    profile: &Profile<'a>,
-    model: &'a Model,
+pub(super) fn rows(
+    profile: &Profile,
+    traits: &BTreeSet<u32>,
+    model: &Model,
     classes: &Classes,
-    peers: &Peers<'a>,
+    peers: &Peers,
 ) -> Rows {
     let ports = ports(profile, model, classes);
-    let ranges = profile.ranges(model);
+    let ranges = profile.ranges();
     let mut flags = if ranges.is_empty() { 0 } else { BY_CLASS };
     flags |= if ports.by_protocol { BY_PROTOCOL } else { 0 };
     flags |= if ports.ranges { BY_RANGE } else { 0 };
-    let groups = peers.groups(traits(profile, model).into_iter());
+    let groups = peers.groups(traits);
     let row = |group: &Group<'_>, class: Option<&Cidr>| {
         Arc::new(row(profile, model, classes, &ports, group, class))
     };
     let mut list = Vec::new();
     let base: Vec<Arc<Row>> = groups.iter().map(|group| row(group, None)).collect();
-    let any = heaviest(groups.iter().zip(&base), peers);
+    let rest = groups.iter().position(|group| matches!(group.numbers, Numbers::AllBut(_)));
+    let (any, mut lead) = heaviest(groups.iter().zip(&base), peers);
+    let mut rest_follows = rest.is_some_and(|rest| base[rest] == any);
     for (group, row) in groups.iter().zip(&base).filter(|(_, row)| **row != any) {
         list.extend(peers.numbers(&group.numbers).map(|number| (number, 0, row.clone())));
     }
@@ -63,8 +69,10 @@ pub(super) fn rows<'a>(
         let inside: Vec<Arc<Row>> = groups.iter().map(|group| row(group, Some(&cidr))).collect();
         // A peer with a row of its own is found there before the row for all peers of the class is looked at.
         let follows = |at: &usize| base[*at] == any;
-        let any_here =
+        let (any_here, lead_here) =
             heaviest((0..groups.len()).filter(follows).map(|at| (&groups[at], &inside[at])), peers);
+        lead = lead.min(lead_here);
+        rest_follows &= rest.is_some_and(|rest| inside[rest] == any_here);
         if any_here != any {
             list.push((ANY, class, any_here.clone()));
         }
@@ -75,38 +83,42 @@ pub(super) fn rows<'a>(
             }
         }
     }
-    Rows { flags, list }
+    // Whoever has no trait that is asked for comes and goes with the row of any peer, while that keeps its lead.
+    let rest = rest.map_or(0, |rest| peers.size(&groups[rest].numbers));
+    let spare = lead.min(rest);
+    let enough = (rest_follows && spare > 0).then(|| peers.all.len() - (spare - 1));
+    Rows { flags, list, enough }
 }
 
-/// The row of most identities; among equals the first in order of groups, where the anonymous peer comes first.
+/// The row of most identities, and how many more they are than those of any other; among equals the first in order of
+/// groups, where the anonymous peer comes first.
 fn heaviest<'g, 'a: 'g>(
     rows: impl Iterator<Item = (&'g Group<'a>, &'g Arc<Row>)> + Clone,
-    peers: &Peers<'a>,
-) -> Arc<Row> {
+    peers: &Peers,
+) -> (Arc<Row>, usize) {
     let mut weight: BTreeMap<&Row, usize> = BTreeMap::new();
     for (group, row) in rows.clone() {
         *weight.entry(row).or_default() += peers.size(&group.numbers);
     }
     let most = weight.values().max().copied().unwrap_or(0);
     let mut rows = rows.map(|(_, row)| row);
-    rows.find(|row| weight[&***row] == most).cloned().unwrap_or_default()
+    let best = rows.find(|row| weight[&***row] == most).cloned().unwrap_or_default();
+    let second = weight.iter().filter(|(row, _)| **row != &*best).map(|(_, weight)| *weight).max();
+    (best, most - second.unwrap_or(0))
 }
 
 /// What may tell peers apart.
-fn traits<'a>(profile: &Profile<'a>, model: &'a Model) -> Vec<Trait<'a>> {
-    let direction = profile.direction();
-    let authorization = profile.inward.iter().flat_map(|inward| &inward.policies);
-    let rules = authorization.flat_map(|index| &model.authorization[*index].policy.rules);
-    let mut traits: Vec<Trait<'a>> = rules.flat_map(|rule| rule.tests()).map(Trait::Test).collect();
-    let rules = profile.network.iter().flat_map(|index| &model.network[*index].policy.rules);
-    for rule in rules.filter(|rule| rule.direction == direction) {
+pub(super) fn traits(profile: &Profile) -> HashSet<Trait> {
+    let tests = profile.authorization_rules().flat_map(|rule| rule.tests());
+    let mut traits: HashSet<Trait> = tests.map(|test| Trait::Test(test.clone())).collect();
+    for rule in profile.network_rules() {
         traits.extend(rule.peers.iter().filter_map(|peer| match peer {
-            PeerMatch::Pods(pods) => Some(Trait::Pods(pods)),
+            PeerMatch::Pods(pods) => Some(Trait::Pods(pods.clone())),
             _ => None,
         }));
         if profile.inward.is_none() {
             traits.extend(rule.ports.iter().filter_map(|port| match (&port.ports, port.protocol) {
-                (Ports::Named(name), Some(protocol)) => Some(Trait::Named(name, protocol)),
+                (Ports::Named(name), Some(protocol)) => Some(Trait::Named(name.clone(), protocol)),
                 _ => None,
             }));
         }
@@ -114,13 +126,12 @@ fn traits<'a>(profile: &Profile<'a>, model: &'a Model) -> Vec<Trait<'a>> {
     traits
 }
 
-fn ports(profile: &Profile<'_>, model: &Model, classes: &Classes) -> PortAxis {
+fn ports(profile: &Profile, model: &Model, classes: &Classes) -> PortAxis {
     let mut any: BTreeSet<u16> = BTreeSet::new();
     if let Some(inward) = &profile.inward {
-        let rules = inward.policies.iter().flat_map(|index| &model.authorization[*index].policy.rules);
         let port = |test: &Test| if let Test::Port(port) = test { Some(*port) } else { None };
-        any.extend(rules.flat_map(|rule| rule.tests()).filter_map(port));
-        any.extend(inward.ports.keys().chain(inward.probes));
+        any.extend(profile.authorization_rules().flat_map(|rule| rule.tests()).filter_map(port));
+        any.extend(inward.ports.keys().chain(&inward.probes));
     }
     let mut ports = PortAxis {
         by_protocol: !profile.network.is_empty(),
@@ -138,9 +149,7 @@ fn ports(profile: &Profile<'_>, model: &Model, classes: &Classes) -> PortAxis {
         ports.exact.extend(any.iter().map(|port| (*protocol, *port)));
     }
     let mut ranges = BTreeSet::new();
-    let rules = profile.network.iter().flat_map(|index| &model.network[*index].policy.rules);
-    let rules = rules.filter(|rule| rule.direction == profile.direction());
-    for port in rules.flat_map(|rule| &rule.ports) {
+    for port in profile.network_rules().flat_map(|rule| &rule.ports) {
         let Some(protocol) = port.protocol else { continue };
         ports.protocols.insert(protocol);
         match &port.ports {
@@ -160,7 +169,7 @@ fn ports(profile: &Profile<'_>, model: &Model, classes: &Classes) -> PortAxis {
 }
 
 fn row(
-    profile: &Profile<'_>,
+    profile: &Profile,
     model: &Model,
     classes: &Classes,
     ports: &PortAxis,

@@ -37,7 +37,7 @@ impl Point<'_> {
     }
 }
 
-impl Profile<'_> {
+impl Profile {
     pub(super) fn verdict(&self, model: &Model, point: &Point<'_>) -> Entry {
         if let Some(inward) = &self.inward
             && point.peer == Peer::Node
@@ -69,19 +69,19 @@ impl Profile<'_> {
         let port = point.service_port();
         let (mode, by) = inward.ports.get(&port).unwrap_or(&inward.mode);
         if id.is_none() && *mode == Mode::Strict as u32 {
-            return (DENY, by.map(|object| RuleRef::whole(object, RuleAction::Strict)));
+            return (DENY, by.as_ref().map(|object| RuleRef::whole(object, RuleAction::Strict)));
         }
         let facts = Facts {
             source: id,
             trust_domain: &model.settings.trust_domain,
             source_in: &|range| point.within(range),
-            destination: inward.addresses,
+            destination: &inward.addresses,
             port,
             request: None,
         };
         let mut best = [(Match::No, None), (Match::No, None)];
         let mut first_allow: Option<&ObjectRef> = None;
-        for named in inward.policies.iter().map(|index| &model.authorization[*index]) {
+        for named in &inward.policies {
             let policy = &named.policy;
             if policy.action == Action::Allow {
                 first_allow = first_allow.or(Some(&named.object));
@@ -113,7 +113,7 @@ impl Profile<'_> {
         let mut isolated = None;
         let mut best = (Match::No, None);
         let mut passed = false;
-        for (object, policy) in self.policies(model) {
+        for (object, policy) in self.policies() {
             match policy.tier {
                 Tier::Admin { .. } if passed => {}
                 Tier::Baseline { .. } if isolated.is_some() => break,
@@ -150,7 +150,7 @@ impl Profile<'_> {
     fn cilium(&self, model: &Model, point: &Point<'_>) -> Entry {
         let mut isolated = None;
         let (mut allowed, mut denied) = ((Match::No, None), (Match::No, None));
-        let policies = self.policies(model).filter(|(_, policy)| policy.tier == Tier::Cilium);
+        let policies = self.policies().filter(|(_, policy)| policy.tier == Tier::Cilium);
         for (object, policy) in policies {
             if policy.isolates(self.direction()) {
                 isolated = isolated.or(Some(object));
@@ -167,8 +167,8 @@ impl Profile<'_> {
         }
     }
 
-    fn policies<'m>(&self, model: &'m Model) -> impl Iterator<Item = (&'m ObjectRef, &'m NetworkPolicy)> {
-        self.network.iter().map(|index| &model.network[*index]).map(|named| (&named.object, &named.policy))
+    fn policies(&self) -> impl Iterator<Item = (&ObjectRef, &NetworkPolicy)> {
+        self.network.iter().map(|named| (&named.object, &named.policy))
     }
 
     fn rules<'m>(&self, policy: &'m NetworkPolicy) -> impl Iterator<Item = &'m NetworkRule> + use<'m> {
@@ -215,10 +215,10 @@ impl Profile<'_> {
         let PortSet::One(port) = point.port else { return Match::No };
         match (&self.inward, point.peer, self.direction()) {
             (Some(inward), ..) => {
-                let Some((named, count)) = inward.named else { return Match::No };
+                let Some((named, count)) = &inward.named else { return Match::No };
                 match named.get(&(name.to_owned(), point.protocol)).and_then(|ports| ports.get(&port)) {
                     None => Match::No,
-                    Some(declared) if *declared == count => Match::Yes,
+                    Some(declared) if declared == count => Match::Yes,
                     Some(_) => Match::Undecided,
                 }
             }

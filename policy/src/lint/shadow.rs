@@ -178,7 +178,7 @@ fn covers_port(wide: &PortMatch, narrow: &PortMatch) -> bool {
 
 fn policies<'a>(model: &'a Model, identities: &[Arc<Identity>]) -> Vec<Policy<'a>> {
     let mut policies = Vec::new();
-    for named in model.authorization_policies().iter().filter(|named| !named.policy.dry_run) {
+    for named in model.authorization_policies().filter(|named| !named.policy.dry_run) {
         let verdict = match named.policy.action {
             Action::Allow => RuleVerdict::Allow,
             Action::Deny => RuleVerdict::Deny,
@@ -222,7 +222,7 @@ fn positions(identities: &[Arc<Identity>], selects: impl Fn(&Arc<Identity>) -> b
 pub(super) fn unreachable_baseline(model: &Model, problems: &mut Vec<Problem>) {
     let identities = model.identities();
     let isolated = |own: &Identity, direction: Direction| {
-        model.network_policies().iter().any(|named| {
+        model.network_policies().any(|named| {
             named.policy.tier == Tier::Network
                 && named.policy.isolates(direction)
                 && named.policy.subject.selects(model.namespaces(), own)

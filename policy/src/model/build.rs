@@ -1,9 +1,9 @@
 //! From objects to the model: references, duplicates, contested addresses, backends.
 
-use super::{Blocked, Identity, Model, Named, Service, ServicePort, Settings, SpiffeId, Workload};
+use super::{Blocked, Identity, Model, Named, Pods, Service, ServicePort, Settings, SpiffeId, Workload};
 use crate::error::{ObjectRef, Origin, Problem, Severity};
 use crate::source::core::{self, Balance, TargetPort};
-use crate::source::{Broken, Object, Reach, Spec};
+use crate::source::{Broken, Meta, Object, Reach, Spec};
 use crate::store::ObjectStore;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -23,13 +23,17 @@ impl Model {
         }
         let mut interned: HashMap<Identity, Arc<Identity>> = HashMap::new();
         let mut rules = Vec::new();
+        let mut workloads = Vec::new();
         let mut slices: BTreeMap<(&str, &str), Vec<&core::EndpointSlice>> = BTreeMap::new();
         for object in objects.values() {
             let meta = &object.meta;
             match &object.spec {
                 Spec::Pod(pod) if !pod.finished => {
-                    let workload = model.workload_of(object, pod, &mut interned);
-                    model.workloads.push(workload);
+                    let interned = &mut |identity: Identity| {
+                        let known = interned.entry(identity);
+                        known.or_insert_with_key(|identity| Arc::new(identity.clone())).clone()
+                    };
+                    workloads.push(model.workload_of(object, pod, interned));
                 }
                 Spec::AuthorizationPolicy(policy) => model.authorization.push(named(object, policy.clone())),
                 Spec::PeerAuthentication(policy) => {
@@ -38,7 +42,8 @@ impl Model {
                         let reach = Reach { namespace: None, selector: policy.selector.clone() };
                         model.block(Some(meta.object.clone()), meta.origin.clone(), reach);
                     } else {
-                        model.authentication.push(named(object, policy.clone()));
+                        let own = model.authentication.entry(meta.object.namespace.clone()).or_default();
+                        own.push(named(object, policy.clone()));
                     }
                 }
                 Spec::Namespace => {
@@ -56,11 +61,8 @@ impl Model {
         }
         model.blocked.sort_by(|a, b| (&a.object, &a.origin).cmp(&(&b.object, &b.origin)));
         model.network.sort_by(|a, b| (a.policy.tier, &a.object).cmp(&(b.policy.tier, &b.object)));
-        model.authentication.sort_by(|a, b| age(a).cmp(&age(b)));
-        for (index, named) in model.authentication.iter().enumerate() {
-            model.authentication_in.entry(named.object.namespace.clone()).or_default().push(index);
-        }
-        model.index_addresses();
+        model.authentication.values_mut().for_each(|own| own.sort_by(|a, b| age(a).cmp(&age(b))));
+        model.index_addresses(workloads);
         for object in objects.values() {
             if let Spec::Service(service) = &object.spec {
                 let key = (&*object.meta.object.namespace, &*object.meta.object.name);
@@ -68,11 +70,12 @@ impl Model {
                 let (namespace, name) =
                     (object.meta.object.namespace.clone(), object.meta.object.name.clone());
                 let (addresses, balance) = (service.addresses.clone(), Balance::default());
-                model.services.push(Service { namespace, name, addresses, ports, balance });
+                model.services.push(Arc::new(Service { namespace, name, addresses, ports, balance }));
             }
         }
         model.apply_rules(&rules);
-        model.check(objects.values());
+        model.structural = model.problems.len();
+        model.check(objects.values().copied());
         model
     }
 
@@ -118,17 +121,15 @@ impl Model {
         self.blocked.push(Blocked { object, origin, reach });
     }
 
-    fn workload_of(
+    pub(super) fn workload_of(
         &self,
         object: &Object,
         pod: &core::Pod,
-        interned: &mut HashMap<Identity, Arc<Identity>>,
+        interned: &mut dyn FnMut(Identity) -> Arc<Identity>,
     ) -> Workload {
         let meta = &object.meta;
         let spiffe = SpiffeId::new(&self.settings.trust_domain, &meta.object.namespace, &pod.service_account);
-        let identity = Identity { spiffe, labels: Arc::new(meta.labels.clone()) };
-        let identity =
-            interned.entry(identity).or_insert_with_key(|identity| Arc::new(identity.clone())).clone();
+        let identity = interned(Identity { spiffe, labels: Arc::new(meta.labels.clone()) });
         Workload {
             namespace: meta.object.namespace.clone(),
             name: meta.object.name.clone(),
@@ -147,14 +148,14 @@ impl Model {
     }
 
     /// An address that two workloads claim belongs to neither: nobody can say whose policy holds there.
-    fn index_addresses(&mut self) {
+    fn index_addresses(&mut self, mut workloads: Vec<Workload>) {
         let mut owner: BTreeMap<IpAddr, usize> = BTreeMap::new();
-        for (index, workload) in self.workloads.iter().enumerate().filter(|(_, w)| !w.host_network) {
+        for (index, workload) in workloads.iter().enumerate().filter(|(_, w)| !w.host_network) {
             for addr in workload.addresses.iter().copied().collect::<BTreeSet<_>>() {
                 match owner.entry(addr) {
                     Entry::Vacant(free) => drop(free.insert(index)),
                     Entry::Occupied(taken) => {
-                        let first = &self.workloads[*taken.get()];
+                        let first = &workloads[*taken.get()];
                         let message = format!(
                             "{addr} is also the address of Pod {}/{}; the address is refused until one gives it up",
                             first.namespace, first.name
@@ -177,25 +178,24 @@ impl Model {
             }
         }
         owner.retain(|addr, _| !self.refused.contains(addr));
-        self.by_address = owner;
-        for workload in &mut self.workloads {
+        for workload in &mut workloads {
             workload.addresses.retain(|addr| workload.host_network || !self.refused.contains(addr));
         }
+        self.workloads = workloads.into_iter().map(Arc::new).collect();
+        self.by_address =
+            owner.into_iter().map(|(addr, index)| (addr, self.workloads[index].clone())).collect();
+        let mut by_identity: BTreeMap<Arc<Identity>, Pods> = BTreeMap::new();
         for workload in self.workloads.iter().filter(|workload| workload.enrolled) {
-            let pods = self.by_identity.entry(workload.identity.clone()).or_default();
-            pods.probe_ports.extend(&workload.probe_ports);
-            pods.addresses.extend(&workload.addresses);
-            pods.count += 1;
-            let named = workload.ports.iter().filter_map(|p| Some(((p.name.clone()?, p.protocol), p.port)));
-            for (name, port) in named.collect::<BTreeSet<_>>() {
-                self.named_ports.entry(name.clone()).or_default().insert(port);
-                *pods.named.entry(name).or_default().entry(port).or_default() += 1;
-            }
+            by_identity.entry(workload.identity.clone()).or_default().add(workload);
         }
+        for (name, ports) in by_identity.values().flat_map(|pods| &pods.named) {
+            self.named_ports.entry(name.clone()).or_default().extend(ports.keys());
+        }
+        self.by_identity = by_identity.into_iter().map(|(id, pods)| (id, Arc::new(pods))).collect();
     }
 
     /// Backends of each port: from endpoint slices where the service has any, else from the pods that it selects.
-    fn ports(
+    pub(super) fn ports(
         &self,
         key: (&str, &str),
         service: &core::Service,
@@ -229,7 +229,7 @@ impl Model {
         service.ports.iter().map(port).collect()
     }
 
-    fn workloads_in(&self, namespace: &str) -> &[Workload] {
+    pub(super) fn workloads_in(&self, namespace: &str) -> &[Arc<Workload>] {
         let first = self.workloads.partition_point(|workload| *workload.namespace < *namespace);
         let rest = &self.workloads[first..];
         &rest[..rest.partition_point(|workload| *workload.namespace == *namespace)]
@@ -238,7 +238,9 @@ impl Model {
     fn apply_rules(&mut self, rules: &[(&Arc<Object>, &core::DestinationRule)]) {
         for (object, rule) in rules {
             match self.service_index(&rule.host, &object.meta.object.namespace) {
-                Some(index) => self.services[index].balance = rule.balance.unwrap_or_default(),
+                Some(index) => {
+                    Arc::make_mut(&mut self.services[index]).balance = rule.balance.unwrap_or_default();
+                }
                 None => self.problem(
                     object,
                     Severity::Warning,
@@ -257,20 +259,33 @@ impl Model {
         if parts.next().is_some_and(|rest| rest != "svc" && !rest.starts_with("svc.")) {
             return None;
         }
-        let key = |service: &Service| (&*service.namespace, &*service.name).cmp(&(namespace, name));
+        let key = |service: &Arc<Service>| (&*service.namespace, &*service.name).cmp(&(namespace, name));
         self.services.binary_search_by(key).ok()
     }
 }
 
 const SELECTOR_IN_ROOT: &str = "a PeerAuthentication of the root namespace holds for the whole mesh and takes no selector; \
      move it to the namespace of the workloads";
-fn named<T>(object: &Object, policy: T) -> Named<T> {
-    let meta = &object.meta;
-    Named { object: meta.object.clone(), origin: meta.origin.clone(), created: meta.created.clone(), policy }
+
+impl Pods {
+    pub(super) fn add(&mut self, workload: &Workload) {
+        self.probe_ports.extend(&workload.probe_ports);
+        self.addresses.extend(&workload.addresses);
+        self.count += 1;
+        let named = workload.ports.iter().filter_map(|p| Some(((p.name.clone()?, p.protocol), p.port)));
+        for (name, port) in named.collect::<BTreeSet<_>>() {
+            *self.named.entry(name).or_default().entry(port).or_default() += 1;
+        }
+    }
+}
+
+pub(super) fn named<T>(object: &Object, policy: T) -> Arc<Named<T>> {
+    let Meta { object, origin, created, .. } = object.meta.clone();
+    Arc::new(Named { object, origin, created, policy })
 }
 
 /// Oldest first; an object without a time is the youngest; equal times go by name.
-fn age<T>(named: &Named<T>) -> (bool, &str, &ObjectRef) {
+pub(super) fn age<T>(named: &Named<T>) -> (bool, &str, &ObjectRef) {
     (named.created.is_empty(), &named.created, &named.object)
 }
 

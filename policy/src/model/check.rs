@@ -10,7 +10,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 impl Model {
-    pub(super) fn check<'a>(&mut self, objects: impl Iterator<Item = &'a &'a Arc<Object>>) {
+    /// Finds the problems of this sort anew. `objects` are those of the model, sorted by name.
+    pub(crate) fn check<'a>(&mut self, objects: impl Iterator<Item = &'a Arc<Object>>) {
+        self.problems.truncate(self.structural);
         let mut claims: BTreeMap<(IpAddr, u16, u8), &Object> = BTreeMap::new();
         let mut tiers: BTreeMap<Tier, &Object> = BTreeMap::new();
         for object in objects {

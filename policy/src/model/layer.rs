@@ -34,6 +34,8 @@ pub enum Direction {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetworkPolicy {
     pub tier: Tier,
+    /// Position of the `spec` in its object.
+    pub spec: u32,
     pub subject: PodSet,
     /// Where no rule allows, flows to the subject are denied. Only in [`Tier::Network`] and [`Tier::Cilium`].
     pub isolates_ingress: bool,

@@ -3,12 +3,14 @@
 //! Which policies select a workload is decided here and nowhere else; [`crate::eval`] and [`crate::compile()`] both ask.
 
 mod build;
+mod change;
 mod check;
 pub mod cidr;
 pub mod identity;
 pub mod layer;
 pub mod selector;
 
+pub use change::Change;
 pub use cidr::Cidr;
 pub use identity::{Identity, SpiffeId};
 pub use layer::{Direction, Namespaces, NetworkPolicy, Peer};
@@ -128,7 +130,7 @@ impl<'a> Modes<'a> {
 }
 
 /// What the enrolled pods of one identity have together.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Pods {
     pub(crate) probe_ports: BTreeSet<u16>,
     pub(crate) addresses: Vec<IpAddr>,
@@ -141,29 +143,30 @@ pub(crate) struct Pods {
 /// See [`Pods::named`].
 pub(crate) type NamedPorts = BTreeMap<(String, u8), BTreeMap<u16, usize>>;
 
-/// The resolved mesh. Immutable once made.
-#[derive(Clone, Debug, Default)]
+/// The resolved mesh. Cheap to clone: what is large is shared.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Model {
     pub(crate) settings: Settings,
-    pub(crate) workloads: Vec<Workload>,
-    pub(crate) services: Vec<Service>,
+    pub(crate) workloads: Vec<Arc<Workload>>,
+    pub(crate) services: Vec<Arc<Service>>,
     /// Sorted by namespace and name: the first that matches decides, and so names itself.
-    pub(crate) authorization: Vec<Named<AuthorizationPolicy>>,
-    /// Oldest first.
-    pub(crate) authentication: Vec<Named<PeerAuthentication>>,
-    /// Positions in `authentication` by namespace, oldest first.
-    authentication_in: BTreeMap<Arc<str>, Vec<usize>>,
+    pub(crate) authorization: Vec<Arc<Named<AuthorizationPolicy>>>,
+    /// By namespace, oldest first.
+    pub(crate) authentication: BTreeMap<Arc<str>, Vec<Arc<Named<PeerAuthentication>>>>,
     /// Each spec by itself, in order of tier, then of name.
-    pub(crate) network: Vec<Named<NetworkPolicy>>,
+    pub(crate) network: Vec<Arc<Named<NetworkPolicy>>>,
     pub(crate) namespaces: Namespaces,
     pub(crate) blocked: Vec<Blocked>,
     /// Addresses that belong to the mesh, and to nobody whom a policy could name.
     refused: BTreeSet<IpAddr>,
-    by_identity: BTreeMap<Arc<Identity>, Pods>,
+    by_identity: BTreeMap<Arc<Identity>, Arc<Pods>>,
     /// Every number that some pod calls so.
     named_ports: BTreeMap<(String, u8), BTreeSet<u16>>,
-    by_address: BTreeMap<IpAddr, usize>,
+    by_address: BTreeMap<IpAddr, Arc<Workload>>,
+    /// Those found while it was built, then those that [`Model::check`] finds.
     problems: Vec<Problem>,
+    /// How many of the problems are of the first sort.
+    structural: usize,
 }
 
 impl Model {
@@ -172,36 +175,37 @@ impl Model {
     }
 
     /// Sorted by namespace and name.
-    pub fn workloads(&self) -> &[Workload] {
+    pub fn workloads(&self) -> &[Arc<Workload>] {
         &self.workloads
     }
 
     pub fn workload(&self, namespace: &str, name: &str) -> Option<&Workload> {
-        let key = |w: &Workload| (&*w.namespace, &*w.name).cmp(&(namespace, name));
-        self.workloads.binary_search_by(key).ok().map(|index| &self.workloads[index])
+        let key = |w: &Arc<Workload>| (&*w.namespace, &*w.name).cmp(&(namespace, name));
+        self.workloads.binary_search_by(key).ok().map(|index| &*self.workloads[index])
     }
 
     /// The workload that owns an address; host-network pods own none.
     pub fn workload_at(&self, addr: IpAddr) -> Option<&Workload> {
-        self.by_address.get(&addr.to_canonical()).map(|index| &self.workloads[*index])
+        self.by_address.get(&addr.to_canonical()).map(|workload| &**workload)
     }
 
     /// Sorted by namespace and name.
-    pub fn services(&self) -> &[Service] {
+    pub fn services(&self) -> &[Arc<Service>] {
         &self.services
     }
 
-    pub fn authorization_policies(&self) -> &[Named<AuthorizationPolicy>] {
-        &self.authorization
+    pub fn authorization_policies(&self) -> impl ExactSizeIterator<Item = &Named<AuthorizationPolicy>> {
+        self.authorization.iter().map(|named| &**named)
     }
 
-    pub fn peer_authentications(&self) -> &[Named<PeerAuthentication>] {
-        &self.authentication
+    /// By namespace, oldest first.
+    pub fn peer_authentications(&self) -> impl Iterator<Item = &Named<PeerAuthentication>> {
+        self.authentication.values().flatten().map(|named| &**named)
     }
 
     /// Policies of the network languages, each spec by itself, in order of tier, then of name.
-    pub fn network_policies(&self) -> &[Named<NetworkPolicy>] {
-        &self.network
+    pub fn network_policies(&self) -> impl ExactSizeIterator<Item = &Named<NetworkPolicy>> {
+        self.network.iter().map(|named| &**named)
     }
 
     /// Labels of the namespaces that have an object.
@@ -224,6 +228,11 @@ impl Model {
         self.by_identity.keys().cloned().collect()
     }
 
+    /// Has it an enrolled workload?
+    pub fn has(&self, identity: &Identity) -> bool {
+        self.by_identity.contains_key(identity)
+    }
+
     /// Addresses that must not be reached: claimed by two workloads, or of a pod or service that cannot be read.
     pub fn refused_addresses(&self) -> &BTreeSet<IpAddr> {
         &self.refused
@@ -234,7 +243,7 @@ impl Model {
         &'a self,
         destination: &'a Identity,
     ) -> impl Iterator<Item = &'a Named<AuthorizationPolicy>> + 'a {
-        self.authorization_indexes(destination).map(|index| &self.authorization[index])
+        self.authorization_indexes(destination).map(|index| &*self.authorization[index])
     }
 
     /// As [`Model::authorizations`], as positions.
@@ -257,7 +266,7 @@ impl Model {
             Ordering::Greater => [range(root), range(own)],
         };
         ranges.into_iter().flatten().filter(move |index| {
-            let Named { object, policy, .. } = &self.authorization[*index];
+            let Named { object, policy, .. } = &*self.authorization[*index];
             !policy.dry_run && self.selects(Some(&object.namespace), &policy.selector, destination)
         })
     }
@@ -307,9 +316,9 @@ impl Model {
     /// The mTLS modes of a destination: mesh, then namespace, then workload; the oldest of each; UNSET inherits
     /// (istio:pilot/pkg/security/authn/policy_applier.go, ComposePeerAuthentication).
     pub fn modes(&self, destination: &Identity) -> Modes<'_> {
-        let of = |namespace: &Arc<str>| self.authentication_in.get(namespace).into_iter().flatten();
         let first = |namespace: &Arc<str>, wanted: &dyn Fn(&Named<PeerAuthentication>) -> bool| {
-            of(namespace).map(|index| &self.authentication[*index]).find(|named| wanted(named))
+            let mut own = self.authentication.get(namespace).into_iter().flatten().map(|named| &**named);
+            own.find(|named| wanted(named))
         };
         let (own, root) = (&destination.spiffe.namespace, &self.settings.root_namespace);
         let wide = |named: &Named<PeerAuthentication>| named.policy.selector.is_empty();
@@ -340,7 +349,7 @@ impl Model {
     pub(crate) fn pods(&self, destination: &Identity) -> &Pods {
         static NONE: Pods =
             Pods { probe_ports: BTreeSet::new(), addresses: Vec::new(), count: 0, named: BTreeMap::new() };
-        self.by_identity.get(destination).unwrap_or(&NONE)
+        self.by_identity.get(destination).map_or(&NONE, |pods| &**pods)
     }
 }
 

@@ -115,7 +115,7 @@ fn policy(
     }
     spec.finish(out);
     let subject = subject.unwrap_or_default();
-    vec![NetworkPolicy { tier, subject, isolates_ingress: false, isolates_egress: false, rules }]
+    vec![NetworkPolicy { tier, spec: 0, subject, isolates_ingress: false, isolates_egress: false, rules }]
 }
 
 fn tier(spec: &mut Fields<'_>, out: &mut Findings) -> Tier {

@@ -36,6 +36,7 @@ pub(super) fn network_policy(meta: &Meta, spec: Option<At<'_>>, out: &mut Findin
     spec.finish(out);
     vec![NetworkPolicy {
         tier: Tier::Network,
+        spec: 0,
         subject: PodSet::in_namespace(namespace, pods),
         isolates_ingress: types.contains(&Direction::Ingress),
         isolates_egress: types.contains(&Direction::Egress),

@@ -227,7 +227,7 @@ fn network_rule(peers: &'static str) -> impl Strategy<Value = String> {
     })
 }
 
-pub fn network_policy() -> impl Strategy<Value = String> {
+pub(crate) fn network_policy() -> impl Strategy<Value = String> {
     let types = one(&["[Ingress]", "[Egress]", "[Ingress, Egress]"]);
     let rules = (several(network_rule("from")), several(network_rule("to")));
     (namespace(), label_selector(), types, rules).prop_map(|(namespace, pods, types, (ingress, egress))| {
@@ -329,7 +329,7 @@ fn admin_policy() -> impl Strategy<Value = String> {
     })
 }
 
-pub fn pod() -> impl Strategy<Value = String> {
+pub(crate) fn pod() -> impl Strategy<Value = String> {
     let labels = prop::sample::select(vec!["{}", "{app: x}", "{app: y, v: \"1\"}", "{app: y}"]);
     let probe = prop::option::weighted(0.4, prop::sample::select(vec![80u16, 9999]));
     let addrs = prop::sample::subsequence(&["10.1.2.3", "10.1.2.9", "10.7.0.1", "2001:db8::9"][..], 0..=1);
@@ -353,7 +353,7 @@ pub fn pod() -> impl Strategy<Value = String> {
     })
 }
 
-pub fn any_policy() -> impl Strategy<Value = String> {
+pub(crate) fn any_policy() -> impl Strategy<Value = String> {
     prop_oneof![
         4 => policy(),
         4 => network_policy(),
@@ -362,7 +362,7 @@ pub fn any_policy() -> impl Strategy<Value = String> {
     ]
 }
 
-pub fn world() -> impl Strategy<Value = (Vec<String>, bool)> {
+pub(crate) fn world() -> impl Strategy<Value = (Vec<String>, bool)> {
     let objects = (prop::collection::vec(pod(), 1..5), prop::collection::vec(any_policy(), 0..6));
     (objects, prop::bool::weighted(0.3)).prop_map(|((pods, policies), default_deny)| {
         let labelled =

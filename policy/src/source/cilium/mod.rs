@@ -29,7 +29,7 @@ pub(super) fn policy(meta: &Meta, top: &mut Fields<'_>, out: &mut Findings) -> V
         out.add(Severity::Error, meta.origin.line, "spec", message);
     }
     let mut reader = Reader { namespace, count: BTreeMap::new() };
-    specs.iter().filter_map(|at| reader.spec(at, out)).collect()
+    (0..).zip(&specs).filter_map(|(number, at)| reader.spec(number, at, out)).collect()
 }
 
 /// What a policy that cannot be read would have selected, of equal labels of its `endpointSelector`. `None`: only nodes.
@@ -60,7 +60,7 @@ struct Reader<'n> {
 }
 
 impl Reader<'_> {
-    fn spec(&mut self, at: &At<'_>, out: &mut Findings) -> Option<NetworkPolicy> {
+    fn spec(&mut self, number: u32, at: &At<'_>, out: &mut Findings) -> Option<NetworkPolicy> {
         let mut fields = at.fields(out);
         let endpoints = fields.take("endpointSelector");
         let nodes = fields.take("nodeSelector");
@@ -104,6 +104,7 @@ impl Reader<'_> {
         let [isolates_ingress, isolates_egress] = isolates;
         Some(NetworkPolicy {
             tier: Tier::Cilium,
+            spec: number,
             subject: subject?,
             isolates_ingress,
             isolates_egress,

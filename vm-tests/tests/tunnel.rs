@@ -123,9 +123,11 @@ fn a_dead_destination_is_refused_and_a_wrong_client_too() {
     let (a, b) = (mesh.pod(0, "a"), mesh.pod(1, "b"));
     let stranger = mesh.stranger(0, "stranger");
     mesh.start();
-    // Without parked connects the call succeeds and the connection is reset at once.
+    // Without parked connects the call succeeds and the connection is reset at once: so soon that a client which is slow to ask
+    // how its call ended may already hear of that.
     let dead = dial(&a, &format!("{} --send x", b.at4(8080)));
-    assert!(dead["connect"] == "ECONNREFUSED" || dead["end"] == "ECONNRESET", "{dead}");
+    let refused = ["ECONNREFUSED", "ECONNRESET"].contains(&dead["connect"].as_str().unwrap_or_default());
+    assert!(refused || dead["end"] == "ECONNRESET", "{dead}");
     let _server = Process::serve(&b.place, "whoami=[::]:8080");
     let clear = dial(&stranger, &format!("{} --timeout-ms 1000", b.at4(8080)));
     assert!(!worked(&clear), "{clear}");

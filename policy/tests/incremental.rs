@@ -123,3 +123,22 @@ fn following_changes_is_as_good_as_beginning_from_nothing() {
     assert!(updates.get() > 10_000, "{} updates", updates.get());
     assert!(restarts.get() * 2 < updates.get(), "{} of {} began from nothing", restarts.get(), updates.get());
 }
+
+/// In the range all of account `a` may, who are most, and nobody else: whoever comes without being one of them is written down,
+/// though before he came he was of no interest.
+#[test]
+fn a_newcomer_is_not_taken_for_most_others() {
+    let pod = |name: &str, account: &str| {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, labels: {{pod: {name}}}}}\nspec: {{serviceAccountName: {account}}}\n"
+        )
+    };
+    let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p}\nspec: {rules: [{from: \
+                  [{source: {principals: [\"*/sa/a\"], ipBlocks: [10.0.0.0/8]}}]}]}\n";
+    let write = |file: usize, text: String| Step::Write { file, text };
+    let mut steps: Vec<Step> = (0..5).map(|n| write(n, pod(&format!("a{n}"), "a"))).collect();
+    steps.extend([write(5, pod("b", "b")), write(6, policy.to_owned()), Step::Update]);
+    steps.extend([write(7, pod("c", "c")), Step::Update, Step::Remove { file: 7 }]);
+    let (updates, restarts) = follow(&steps, Settings::default()).unwrap();
+    assert_eq!((updates, restarts), (3, 0));
+}

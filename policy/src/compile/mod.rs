@@ -153,9 +153,6 @@ impl Compiler {
         let mut log = Changing::default();
         let (mut concerned, mut stale) = self.follow_identities(model, change, number)?;
         stale.extend(self.follow_ranges(model, change, &mut log)?);
-        if change.named_ports {
-            stale.extend(self.subjects.by_name());
-        }
         for anchor in self.selection.follow(model, change) {
             concerned.extend(self.peers.at(anchor));
         }

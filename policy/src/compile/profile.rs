@@ -97,12 +97,6 @@ impl Profile {
         let peers = self.network_rules().flat_map(|rule| &rule.peers);
         tests.filter_map(source_ip).chain(peers.flat_map(peer_ranges)).collect()
     }
-
-    /// Does some policy name a port as pods do?
-    pub(super) fn by_name(&self) -> bool {
-        let mut ports = self.network_rules().flat_map(|rule| &rule.ports);
-        ports.any(|port| matches!(port.ports, Ports::Named(_)))
-    }
 }
 
 /// Ranges of addresses and long ranges of ports that policies name.

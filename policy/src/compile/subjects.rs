@@ -135,11 +135,6 @@ impl Subjects {
         self.filtered(move |made| made.rows.enough.is_none_or(|enough| peers < enough))
     }
 
-    /// Profiles that name a port as pods do.
-    pub(super) fn by_name(&self) -> impl Iterator<Item = u32> {
-        self.filtered(|made| made.profile.by_name())
-    }
-
     /// Profiles with rows for any of these ranges of addresses, or for ranges of ports if those are others now.
     pub(super) fn by_range(&self, cidrs: &[Cidr], ports: bool) -> impl Iterator<Item = u32> {
         self.filtered(move |made| {

@@ -29,8 +29,6 @@ pub struct Change {
     pub(crate) authentication: Vec<(Arc<str>, Selector)>,
     /// Services with other backends.
     pub(crate) services: BTreeMap<(Arc<str>, Arc<str>), Arc<Service>>,
-    /// Some name of a port now stands for other numbers.
-    pub(crate) named_ports: bool,
 }
 
 impl Model {
@@ -164,7 +162,6 @@ impl Model {
             }
             let all = self.by_identity.values().filter_map(|pods| pods.named.get(&name));
             let all: BTreeSet<u16> = all.flat_map(BTreeMap::keys).copied().collect();
-            change.named_ports |= self.named_ports.get(&name) != Some(&all);
             if all.is_empty() {
                 self.named_ports.remove(&name);
             } else {

@@ -11,7 +11,7 @@ use weft_datapath::names::config;
 use weft_datapath::service::LEAST_CONNECTIONS;
 use weft_policy::model::cidr::ip;
 use weft_policy::model::{Direction, Named};
-use weft_policy::{Identity, Model, ObjectRef, Severity};
+use weft_policy::{Identity, Model, ObjectRef, Origin, Severity};
 
 use super::metrics::{Metrics, Readings, Security, ServiceReading, TcpLabels, TcpTotals};
 use super::tables::*;
@@ -128,12 +128,13 @@ impl Desk {
             }
         }
         for problem in &snapshot.problems {
+            let Origin { file, document, line } = &problem.origin;
             let object = problem.object.as_ref().map_or_else(String::new, |object| format!(" {object}"));
             let field = if problem.field.is_empty() { String::new() } else { format!(" {}", problem.field) };
             rows.push(ProblemRow {
                 severity: problem.severity.name().into(),
                 area: "manifests".into(),
-                place: format!("{}:{}{object}{field}", problem.origin.file, problem.origin.line),
+                place: format!("{file}:{line} document {document}{object}{field}"),
                 message: problem.message.clone(),
             });
         }

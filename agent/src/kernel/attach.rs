@@ -2,7 +2,7 @@
 //!
 //! By TCX links (6.6), pinned as `<program>-<ifindex>`. Older kernels get filters on a clsact qdisc, which last without a
 //! process or pin and are found again by their priority, handle and name, on the interfaces of `weft_iface`. The qdisc
-//! itself stays behind: others may have filters on it.
+//! goes with them unless others have filters on it.
 
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -107,9 +107,17 @@ pub(crate) fn detach_filters(maps: &Path) -> Result<()> {
 }
 
 fn remove_filters(route: &mut Netlink, ifindex: u32) -> Result<()> {
-    filters(ifindex).iter().try_for_each(|filter| {
-        route.remove_filter(filter).map_err(|source| Error::attach(pin(filter.name, ifindex), source))
-    })
+    let mut ours = false;
+    for filter in filters(ifindex) {
+        let removed = route.remove_filter(&filter);
+        ours |= removed.map_err(|source| Error::attach(pin(filter.name, ifindex), source))?;
+    }
+    // One that had no filter of ours may be somebody's who is about to use it.
+    if ours {
+        let action = "remove the clsact qdisc";
+        route.remove_idle_qdisc(ifindex).map_err(|source| Error::Netlink { action, source })?;
+    }
+    Ok(())
 }
 
 fn route() -> Result<Netlink> {

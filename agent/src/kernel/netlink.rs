@@ -157,13 +157,31 @@ impl Netlink {
         Ok(found.iter().find_map(|body| filter.program_in(body)))
     }
 
-    /// Removes a filter of ours; nothing happens when there is none, or no such interface.
-    pub(crate) fn remove_filter(&mut self, filter: &Filter) -> io::Result<()> {
+    /// Removes a filter of ours; `false` when there is none, or no such interface.
+    pub(crate) fn remove_filter(&mut self, filter: &Filter) -> io::Result<bool> {
         // Somebody else's filter at the same place is not ours to remove.
         if self.filter_program(filter)?.is_none() {
-            return Ok(());
+            return Ok(false);
         }
         match self.request(libc::RTM_DELTFILTER, libc::NLM_F_ACK as u16, &filter.message(&[])) {
+            Err(error) if is_gone(&error) => Ok(false),
+            removed => removed.map(|_| true),
+        }
+    }
+
+    /// Removes the interface's clsact qdisc, unless a filter is on it.
+    pub(crate) fn remove_idle_qdisc(&mut self, ifindex: u32) -> io::Result<()> {
+        for side in [INGRESS, EGRESS] {
+            let body = traffic_message(ifindex, 0, side, 0, "", &[]);
+            match self.request(libc::RTM_GETTFILTER, libc::NLM_F_DUMP as u16, &body) {
+                Err(error) if !is_gone(&error) => return Err(error),
+                Ok(filters) if filters.is_empty() => {}
+                _ => return Ok(()),
+            }
+        }
+        // With its kind, so that another qdisc at the same place is refused.
+        let qdisc = traffic_message(ifindex, CLSACT_HANDLE, CLSACT, 0, "clsact", &[]);
+        match self.request(libc::RTM_DELQDISC, libc::NLM_F_ACK as u16, &qdisc) {
             Err(error) if is_gone(&error) => Ok(()),
             removed => removed.map(drop),
         }

@@ -16,7 +16,7 @@ use crate::{build_ebpf, tree};
 /// Where the scenarios are in the guest; `weft` and `wt-load` are one directory above, as cargo lays them out.
 const SCENARIOS: &str = "/tests/deps";
 /// Programs of the host that scenarios start.
-const TOOLS: &[&str] = &["ip", "openssl", "timeout"];
+const TOOLS: &[&str] = &["ip", "openssl", "tc", "timeout"];
 
 /// What is the same in the image of every kernel.
 pub(crate) struct Programs {

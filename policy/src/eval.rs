@@ -4,8 +4,8 @@
 //! its certificate names, known here or not), and the voice of `weft policy explain`.
 //!
 //! A flow must pass egress of its source and ingress of its destination. In each direction stand, in this order: a
-//! policy that cannot be enforced; STRICT (ingress); Istio (ingress: DENY, then ALLOW); Kubernetes' network policy in its
-//! tiers; Cilium's. Every layer is asked; the first that denies is named, else the first that only HTTP can tell.
+//! policy that cannot be enforced; STRICT (ingress); Istio (ingress: DENY, then ALLOW, then tokens); Kubernetes' network
+//! policy in its tiers; Cilium's. Every layer is asked; the first that denies is named, else the first that only HTTP can tell.
 
 use crate::error::ObjectRef;
 use crate::model::layer::{NetworkFacts, RuleVerdict, Tier};
@@ -18,6 +18,9 @@ use std::net::IpAddr;
 use weft_datapath::policy::Mode;
 
 pub use crate::model::layer::Peer;
+
+/// IP protocol number.
+pub(crate) const TCP: u8 = 6;
 
 /// What is asked.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -88,7 +91,12 @@ impl Model {
             return refusal;
         }
         let network = |cilium| self.network(flow, destination, flow.source, Direction::Ingress, cilium);
-        first([self.authorize(flow, destination), network(false), network(true)])
+        first([
+            self.authorize(flow, destination),
+            self.tokens(flow, destination),
+            network(false),
+            network(true),
+        ])
     }
 
     /// May the flow's source begin it?
@@ -164,6 +172,17 @@ impl Model {
         let (allow, deny): (Vec<_>, Vec<_>) =
             self.authorizations(destination).partition(|named| named.policy.action == Action::Allow);
         self.combine(flow, best(&deny, &facts), allow.first().copied(), best(&allow, &facts))
+    }
+
+    /// Where tokens are to be verified, whoever cannot read a request cannot tell whether it carries a bad one. HTTP is
+    /// spoken over TCP.
+    fn tokens(&self, flow: &Flow<'_>, destination: &Identity) -> Decision {
+        match self.verifies_tokens(destination) {
+            Some(named) if flow.protocol == TCP && flow.request.is_none() => {
+                http(Some(RuleRef::whole(&named.object, RuleAction::Token)))
+            }
+            _ => allow(None, "no token is to be verified".into()),
+        }
     }
 
     /// DENY first, then ALLOW.

@@ -72,6 +72,9 @@ impl Model {
         if let Some(named) = self.authorization.iter().find(|named| named.object == rule.object) {
             return Some(at(&named.origin, index.and_then(|index| named.policy.lines.get(index).copied())));
         }
+        if let Some(named) = self.request_authentications().find(|named| named.object == rule.object) {
+            return Some(named.origin.clone());
+        }
         if let Some(named) = self.peer_authentications().find(|named| named.object == rule.object) {
             return Some(named.origin.clone());
         }

@@ -67,6 +67,7 @@ fn locked_out(model: &Model, problems: &mut Vec<Problem>) {
     for Named { object, origin, policy, .. } in model.authorization_policies() {
         let nobody = match policy.action {
             Action::Allow => policy.rules.is_empty(),
+            Action::Audit => false,
             Action::Deny => policy.rules.iter().any(|rule| rule.groups.is_empty()),
         };
         if !nobody || policy.dry_run {

@@ -39,6 +39,8 @@ pub enum RequestTest {
     /// In small letters: hosts are compared without regard to case. A port is part of the text.
     Host(Pattern),
     Method(Pattern),
+    /// Of the client's own TLS. Of bytes that nobody reads it cannot be told; a request that can be read came without.
+    ServerName(Pattern),
     Path(Pattern),
     Template(PathTemplate),
     /// `<issuer>/<subject>` of the token.
@@ -62,6 +64,7 @@ impl RequestTest {
         match self {
             RequestTest::Host(pattern) => pattern.matches(&request.host.to_ascii_lowercase()),
             RequestTest::Method(pattern) => pattern.matches(&request.method),
+            RequestTest::ServerName(_) => false,
             RequestTest::Path(pattern) => pattern.matches(request.path_only()),
             RequestTest::Template(template) => template.matches(request.path_only()),
             RequestTest::Principal(pattern) => match (claim("iss"), claim("sub")) {

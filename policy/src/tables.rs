@@ -32,6 +32,10 @@ pub enum RuleAction {
     NoneAllowed,
     /// `PeerAuthentication` asks for a proven identity.
     Strict,
+    /// `RequestAuthentication` asks for tokens to be verified.
+    Token,
+    /// It records, and decides nothing.
+    Audit,
     /// It cannot be enforced.
     Blocked,
 }
@@ -64,6 +68,8 @@ impl RuleAction {
             RuleAction::Deny => "DENY",
             RuleAction::NoneAllowed => "no ALLOW rule matched",
             RuleAction::Strict => "STRICT",
+            RuleAction::Token => "tokens must be verified",
+            RuleAction::Audit => "AUDIT",
             RuleAction::Blocked => "cannot be enforced",
         }
     }
@@ -73,6 +79,7 @@ impl From<Action> for RuleAction {
     fn from(action: Action) -> Self {
         match action {
             Action::Allow => RuleAction::Allow,
+            Action::Audit => RuleAction::Audit,
             Action::Deny => RuleAction::Deny,
         }
     }

@@ -25,7 +25,11 @@ status: {podIP: 10.0.1.1}
 ";
 
 fn version(object: &str) -> &'static str {
-    if object.contains("kind: NetworkPolicy") { "networking.k8s.io/v1" } else { "security.istio.io/v1" }
+    match object.trim_start() {
+        object if object.starts_with("kind: NetworkPolicy") => "networking.k8s.io/v1",
+        object if object.starts_with("kind: Service") => "v1",
+        _ => "security.istio.io/v1",
+    }
 }
 
 fn run(cases: &str) -> usize {

@@ -78,7 +78,7 @@ spec:
     - operation: {ports: [\"0\", http], pots: []}
     when:
     - {key: source.port, values: [x]}
-    - {key: connection.sni, values: [x]}
+    - {key: experimental.envoy.filters.x, values: [x]}
     - {values: [x]}
     - {key: source.ip}
 ";
@@ -108,7 +108,7 @@ spec:
             &format!("f.yaml:12: error: {rule}.to[0].operation.pots: no such field"),
             &format!("f.yaml:14: error: {rule}.when[0].key: no condition is called \"source.port\""),
             &format!(
-                "f.yaml:15: error: {rule}.when[1].key: condition \"connection.sni\" is not enforceable yet"
+                "f.yaml:15: error: {rule}.when[1].key: condition \"experimental.envoy.filters.x\" is not enforceable yet"
             ),
             &format!("f.yaml:16: error: {rule}.when[2]: `key` is missing"),
             &format!("f.yaml:17: error: {rule}.when[3]: `values` or `notValues` is missing"),
@@ -191,9 +191,15 @@ fn probes_and_ports() {
 fn unenforceable_actions_are_named() {
     for (spec, expected) in [
         ("{action: CUSTOM, provider: {name: x}}", "external authorization is not enforceable yet"),
-        ("{action: AUDIT}", "action AUDIT is not enforceable yet"),
+        ("{action: CUSTOM}", "action CUSTOM asks an external authorizer"),
         ("{action: allow}", "no action \"allow\""),
-        ("{targetRefs: [{kind: Service, name: x}]}", "needs the HTTP engine"),
+        (
+            "{targetRefs: [{kind: Gateway, group: gateway.networking.k8s.io, name: x}]}",
+            "weft has no \"Gateway\"",
+        ),
+        ("{targetRefs: [{kind: Service}]}", "`name` is missing"),
+        ("{targetRefs: [{kind: Service, name: x, namespace: y}]}", "services of its own namespace only"),
+        ("{targetRef: {kind: Service, name: x}, selector: {matchLabels: {a: b}}}", "there is a selector too"),
         ("{rules: [{from: []}]}", "an empty `from` is ambiguous"),
         ("{rules: [{to: [{}]}]}", "`operation` is missing"),
         ("{rules: [{to: [{operation: {ports: []}}]}]}", "an empty list is ambiguous"),
@@ -207,6 +213,78 @@ fn unenforceable_actions_are_named() {
         assert!(problems.iter().any(|p| p.contains(expected)), "{spec}: {problems:?}");
         assert!(problems.iter().any(|p| p.contains("refuse all traffic")), "{spec}: {problems:?}");
     }
+}
+
+#[test]
+fn a_policy_on_no_service_selects_nobody_and_a_dry_run_is_true_or_false() {
+    let policy = |meta: &str, spec: &str| {
+        format!(
+            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: a{meta}}}\nspec: {spec}\n"
+        )
+    };
+    says(
+        &policy("", "{targetRefs: [{kind: Service, name: x}], rules: [{}]}"),
+        &[
+            "f.yaml:1: warning: document 1, AuthorizationPolicy default/a, spec.targetRefs[0]: there is no Service default/x: \
+           nothing is selected by it",
+        ],
+    );
+    says(
+        &policy(", annotations: {istio.io/dry-run: maybe}", "{rules: [{}]}"),
+        &[
+            "f.yaml:1: warning: document 1, AuthorizationPolicy default/a, metadata.annotations: istio.io/dry-run is \
+           \"maybe\", neither true nor false: the policy is enforced",
+        ],
+    );
+}
+
+#[test]
+fn token_rules_that_cannot_be_enforced_are_named() {
+    const RSA: &str = r#"{"keys": [{"kty": "RSA", "n": "bm4", "e": "AQAB", "use": "sig", "kid": "1"}]}"#;
+    let jwks = |keys: &str| format!("issuer: i, jwks: '{keys}'");
+    for (rule, expected) in [
+        ("jwksUri: \"https://issuer.example/keys\"".into(), "`issuer` is missing"),
+        ("issuer: i, jwksUri: \"https://issuer.example/keys\"".into(), "jwksUri: key sets are not fetched"),
+        ("issuer: i, jwksUri: \"file://keys\"".into(), "jwksUri: key sets are not fetched"),
+        ("issuer: i".into(), "jwtRules[0]: `jwks` is missing"),
+        (jwks(RSA) + ", jwksUri: \"file:///keys\"", "there is `jwks` too"),
+        (jwks("{"), "jwks: no key set in JSON"),
+        (jwks(r#"{"keys": []}"#), "jwks: no usable key is in the set"),
+        (
+            jwks(r#"{"keys": [{"kty": "oct", "k": "c2VjcmV0"}]}"#),
+            "jwks.keys[0]: this is a private or shared key",
+        ),
+        (
+            jwks(r#"{"keys": [{"kty": "EC", "crv": "P-192", "x": "eA", "y": "eQ"}]}"#),
+            "jwks.keys[0]: not a key that",
+        ),
+        (jwks(r#"{"keys": [{"kty": "RSA", "n": "bm4"}]}"#), "jwks.keys[0]: not a key that weft can use"),
+        (jwks(RSA) + ", fromHeaders: [{prefix: x}]", "fromHeaders[0]: `name` is missing"),
+        (jwks(RSA) + ", fromParams: [\"\"]", "fromParams[0]: an empty text"),
+        (jwks(RSA) + ", audience: [x]", "audience: no such field"),
+        (
+            jwks(RSA) + ", outputClaimToHeaders: [{header: Authorization, claim: sub}]",
+            "a claim cannot take the place of the token",
+        ),
+        (jwks(RSA) + ", outputClaimToHeaders: [{claim: sub}]", "`header` and `claim` are both needed"),
+    ] {
+        let text = format!(
+            "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {{name: a}}\nspec: {{jwtRules: \
+             [{{{rule}}}]}}\n"
+        );
+        let problems = check(&text);
+        assert!(problems.iter().any(|p| p.contains(expected)), "{rule}: {problems:?}");
+        assert!(problems.iter().any(|p| p.contains("refuse all traffic")), "{rule}: {problems:?}");
+    }
+    let whole = jwks(RSA)
+        + ", audiences: [a], fromHeaders: [{name: X-Token, prefix: \"t \"}], fromParams: [p], fromCookies: [c], \
+           outputPayloadToHeader: x-payload, outputClaimToHeaders: [{header: x-sub, claim: sub}], forwardOriginalToken: \
+           true, timeout: 5s";
+    let text = format!(
+        "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {{name: a}}\nspec: {{jwtRules: [{{{whole}}}]}}\n"
+    );
+    let problems = check(&text);
+    assert!(!problems.iter().any(|p| p.contains("error")), "{problems:?}");
 }
 
 #[test]

@@ -333,6 +333,22 @@ fn policies(snapshot: &Snapshot) -> Vec<PolicyRow> {
             file: format!("{}:{}", named.origin.file, named.origin.line),
         });
     }
+    for named in model.request_authentications() {
+        let decides = |identity: &Identity| {
+            model.selects(Some(&named.object.namespace), &named.policy.selector, identity)
+        };
+        rows.push(PolicyRow {
+            kind: named.object.kind.to_string(),
+            namespace: named.object.namespace.to_string(),
+            name: named.object.name.to_string(),
+            action: "TOKENS".into(),
+            rules: named.policy.rules.len(),
+            selects: identities.iter().filter(|identity| decides(identity)).count(),
+            file: format!("{}:{}", named.origin.file, named.origin.line),
+        });
+    }
+    // One that is attached to several services stands there several times.
+    rows.dedup_by(|a, b| (&a.kind, &a.namespace, &a.name) == (&b.kind, &b.namespace, &b.name));
     for named in model.peer_authentications() {
         let decides = |identity: &Identity| {
             let modes = model.modes(identity);

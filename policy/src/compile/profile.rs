@@ -24,6 +24,8 @@ pub(super) struct Inward {
     pub(super) mode: ModeBy,
     pub(super) ports: BTreeMap<u16, ModeBy>,
     pub(super) probes: BTreeSet<u16>,
+    /// The policy that wants tokens verified.
+    pub(super) tokens: Option<ObjectRef>,
     /// Empty unless a policy looks at the subject's address.
     pub(super) addresses: Vec<IpAddr>,
     /// Its pods' named ports and their number, if a policy asks for one by name.
@@ -59,6 +61,7 @@ impl Profile {
                 mode: by(modes.mode),
                 ports: modes.ports.iter().map(|(port, mode)| (*port, by(*mode))).collect(),
                 probes: model.probe_ports(identity).clone(),
+                tokens: model.verifies_tokens(identity).map(|named| named.object.clone()),
                 addresses: if by_address { model.addresses(identity).to_vec() } else { Vec::new() },
                 named: by_name.then(|| (pods.named.clone(), pods.count)),
                 policies,
@@ -112,7 +115,7 @@ impl Ranges {
         network: impl IntoIterator<Item = &'m Arc<Named<NetworkPolicy>>>,
     ) -> Ranges {
         let mut ranges = Ranges::default();
-        for named in authorization.into_iter().filter(|named| !named.policy.dry_run) {
+        for named in authorization.into_iter().filter(|named| named.policy.enforced()) {
             let tests = named.policy.rules.iter().flat_map(|rule| rule.tests());
             ranges.cidrs.extend(tests.filter_map(source_ip));
         }
@@ -157,7 +160,7 @@ pub(super) struct Selection {
 impl Selection {
     pub(super) fn new(model: &Model) -> Self {
         let mut selection = Selection { authorization: Index::new(), network: Index::new() };
-        for named in model.authorization.iter().filter(|named| !named.policy.dry_run) {
+        for named in model.authorization.iter().filter(|named| named.policy.enforced()) {
             selection.authorization.insert(authorization_anchor(model, named), Version(named.clone()));
         }
         for named in &model.network {
@@ -170,7 +173,7 @@ impl Selection {
     pub(super) fn follow(&mut self, model: &Model, change: &Change) -> Vec<Anchor> {
         let mut concerned = Vec::new();
         let [gone, come] = &change.authorization;
-        let in_force = |named: &&Arc<Named<AuthorizationPolicy>>| !named.policy.dry_run;
+        let in_force = |named: &&Arc<Named<AuthorizationPolicy>>| named.policy.enforced();
         for named in gone.iter().filter(in_force) {
             concerned.push(authorization_anchor(model, named));
             self.authorization.remove(authorization_anchor(model, named), &Version(named.clone()));

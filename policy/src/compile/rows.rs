@@ -5,6 +5,7 @@ use super::peers::{Group, Numbers, Peers, Trait};
 use super::profile::{Profile, long};
 use super::verdict::{Entry, Point};
 use super::{LISTED, PortSet};
+use crate::eval::TCP;
 use crate::model::layer::{PeerMatch, Ports};
 use crate::model::{Cidr, Model};
 use crate::source::rule::Test;
@@ -133,8 +134,9 @@ fn ports(profile: &Profile, model: &Model, classes: &Classes) -> PortAxis {
         any.extend(profile.authorization_rules().flat_map(|rule| rule.tests()).filter_map(port));
         any.extend(inward.ports.keys().chain(&inward.probes));
     }
+    let tokens = profile.inward.as_ref().is_some_and(|inward| inward.tokens.is_some());
     let mut ports = PortAxis {
-        by_protocol: !profile.network.is_empty(),
+        by_protocol: !profile.network.is_empty() || tokens,
         protocols: BTreeSet::new(),
         exact: BTreeSet::new(),
         pieces: BTreeSet::new(),
@@ -148,6 +150,7 @@ fn ports(profile: &Profile, model: &Model, classes: &Classes) -> PortAxis {
         ports.protocols.insert(*protocol);
         ports.exact.extend(any.iter().map(|port| (*protocol, *port)));
     }
+    ports.protocols.extend(tokens.then_some(TCP));
     let mut ranges = BTreeSet::new();
     for port in profile.network_rules().flat_map(|rule| &rule.ports) {
         let Some(protocol) = port.protocol else { continue };

@@ -4,6 +4,7 @@
 use super::PortSet;
 use super::profile::Profile;
 use crate::error::ObjectRef;
+use crate::eval::TCP;
 use crate::model::layer::{NetworkFacts, NetworkRule, Peer, RuleVerdict, Tier};
 use crate::model::{Cidr, Direction, Model, NetworkPolicy};
 use crate::source::Action;
@@ -49,7 +50,7 @@ impl Profile {
             return (DENY, Some(RuleRef::whole(object, RuleAction::Blocked)));
         }
         let mut decided: Entry = (ALLOW, None);
-        for layer in [Self::authorization, Self::kubernetes, Self::cilium] {
+        for layer in [Self::authorization, Self::tokens, Self::kubernetes, Self::cilium] {
             let entry = layer(self, model, point);
             if entry.0 == DENY {
                 return entry;
@@ -105,6 +106,14 @@ impl Profile {
             (Match::Undecided, _) => (HTTP, deny_rule),
             (_, Match::Undecided) => (HTTP, allow_rule),
             (_, Match::Yes) => (ALLOW, allow_rule),
+        }
+    }
+
+    /// Tokens are verified by whoever reads HTTP.
+    fn tokens(&self, _: &Model, point: &Point<'_>) -> Entry {
+        match self.inward.as_ref().and_then(|inward| inward.tokens.as_ref()) {
+            Some(object) if point.protocol == TCP => (HTTP, Some(RuleRef::whole(object, RuleAction::Token))),
+            _ => (ALLOW, None),
         }
     }
 

@@ -178,9 +178,10 @@ fn covers_port(wide: &PortMatch, narrow: &PortMatch) -> bool {
 
 fn policies<'a>(model: &'a Model, identities: &[Arc<Identity>]) -> Vec<Policy<'a>> {
     let mut policies = Vec::new();
-    for named in model.authorization_policies().filter(|named| !named.policy.dry_run) {
+    for named in model.authorization_policies().filter(|named| named.policy.enforced()) {
         let verdict = match named.policy.action {
             Action::Allow => RuleVerdict::Allow,
+            Action::Audit => continue,
             Action::Deny => RuleVerdict::Deny,
         };
         let rules = named.policy.rules.iter().enumerate().map(|(index, rule)| Standing {

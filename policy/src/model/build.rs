@@ -3,7 +3,9 @@
 use super::{Blocked, Identity, Model, Named, Pods, Service, ServicePort, Settings, SpiffeId, Workload};
 use crate::error::{ObjectRef, Origin, Problem, Severity};
 use crate::source::core::{self, Balance, TargetPort};
-use crate::source::{Broken, Meta, Object, Reach, Spec};
+use crate::source::{
+    AuthorizationPolicy, Broken, Meta, Object, Reach, RequestAuthentication, Selector, Spec, Target,
+};
 use crate::store::ObjectStore;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -35,7 +37,18 @@ impl Model {
                     };
                     workloads.push(model.workload_of(object, pod, interned));
                 }
-                Spec::AuthorizationPolicy(policy) => model.authorization.push(named(object, policy.clone())),
+                Spec::AuthorizationPolicy(policy) => {
+                    for selector in model.selectors(object, &policy.selector, &policy.targets, &objects) {
+                        let policy = AuthorizationPolicy { selector, ..policy.clone() };
+                        model.authorization.push(named(object, policy));
+                    }
+                }
+                Spec::RequestAuthentication(policy) => {
+                    for selector in model.selectors(object, &policy.selector, &policy.targets, &objects) {
+                        let policy = RequestAuthentication { selector, ..policy.clone() };
+                        model.tokens.push(named(object, policy));
+                    }
+                }
                 Spec::PeerAuthentication(policy) => {
                     if meta.object.namespace == model.settings.root_namespace && !policy.selector.is_empty() {
                         model.problem(object, Severity::Error, "spec.selector", SELECTOR_IN_ROOT.into());
@@ -82,6 +95,46 @@ impl Model {
     pub(super) fn problem(&mut self, object: &Object, severity: Severity, field: &str, message: String) {
         let (origin, name) = (object.meta.origin.clone(), Some(object.meta.object.clone()));
         self.problems.push(Problem { origin, severity, object: name, field: field.into(), message });
+    }
+
+    /// Whom a policy of Istio selects: by its own selector, or whom the services select that it is attached to. One that is
+    /// attached to a service without a selector cannot be enforced; a service that does not exist has no workloads.
+    fn selectors(
+        &mut self,
+        object: &Object,
+        own: &Selector,
+        targets: &[Target],
+        objects: &BTreeMap<ObjectRef, &Arc<Object>>,
+    ) -> Vec<Selector> {
+        if targets.is_empty() {
+            return vec![own.clone()];
+        }
+        let namespace = &object.meta.object.namespace;
+        let mut selectors = Vec::new();
+        for Target { service, field } in targets {
+            let name = ObjectRef {
+                kind: "Service".into(),
+                namespace: namespace.clone(),
+                name: service.as_str().into(),
+            };
+            match objects.get(&name).map(|object| &object.spec) {
+                Some(Spec::Service(service)) if !service.selector.is_empty() => {
+                    selectors.push(service.selector.clone());
+                }
+                Some(_) => {
+                    let message =
+                        format!("{name} has no selector, so its workloads are not known; use spec.selector");
+                    self.problem(object, Severity::Error, field, message);
+                    let reach = Reach { namespace: Some(namespace.clone()), selector: Selector::new() };
+                    self.block(Some(object.meta.object.clone()), object.meta.origin.clone(), reach);
+                }
+                None => {
+                    let message = format!("there is no {name}: nothing is selected by it");
+                    self.problem(object, Severity::Warning, field, message);
+                }
+            }
+        }
+        selectors
     }
 
     /// Something that cannot be read refuses what it may have been about.

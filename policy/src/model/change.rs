@@ -53,7 +53,13 @@ impl Model {
             let before = former.get(name);
             match before.or(now).map(|object| &object.spec)? {
                 Spec::Pod(_) => self.follow_pod(before, now, &mut change)?,
-                Spec::AuthorizationPolicy(_) => self.follow_authorization(name, now, &mut change),
+                Spec::AuthorizationPolicy(_) => {
+                    let attached = |object: &&Arc<Object>| matches!(&object.spec, Spec::AuthorizationPolicy(policy) if !policy.targets.is_empty());
+                    if before.iter().chain(&now).any(attached) {
+                        return None;
+                    }
+                    self.follow_authorization(name, now, &mut change);
+                }
                 Spec::PeerAuthentication(_) => self.follow_authentication(before, now, &mut change)?,
                 Spec::Network(_) => self.follow_network(name, now, &mut change),
                 Spec::EndpointSlice(_) => {

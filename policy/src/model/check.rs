@@ -27,6 +27,9 @@ impl Model {
                     );
                 }
                 Spec::AuthorizationPolicy(policy) => self.check_policy(namespace, policy, &mut found),
+                Spec::RequestAuthentication(policy) if !policy.rules.is_empty() => {
+                    found.push(("spec.jwtRules", NEEDS_HTTP.into()));
+                }
                 Spec::Network(policies) => {
                     let rules = policies.iter().flat_map(|policy| &policy.rules);
                     if rules.into_iter().any(|rule| !rule.http.is_empty()) {

@@ -19,7 +19,9 @@ pub use selector::LabelSelector;
 use crate::error::{ObjectRef, Origin, Problem};
 use crate::source::core::{Balance, ContainerPort};
 use crate::source::rule::Match;
-use crate::source::{AuthorizationPolicy, MtlsMode, PeerAuthentication, Reach, Selector};
+use crate::source::{
+    AuthorizationPolicy, MtlsMode, PeerAuthentication, Reach, RequestAuthentication, Selector,
+};
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -151,6 +153,8 @@ pub struct Model {
     pub(crate) services: Vec<Arc<Service>>,
     /// Sorted by namespace and name: the first that matches decides, and so names itself.
     pub(crate) authorization: Vec<Arc<Named<AuthorizationPolicy>>>,
+    /// Sorted by namespace and name.
+    pub(crate) tokens: Vec<Arc<Named<RequestAuthentication>>>,
     /// By namespace, oldest first.
     pub(crate) authentication: BTreeMap<Arc<str>, Vec<Arc<Named<PeerAuthentication>>>>,
     /// Each spec by itself, in order of tier, then of name.
@@ -201,6 +205,20 @@ impl Model {
     /// By namespace, oldest first.
     pub fn peer_authentications(&self) -> impl Iterator<Item = &Named<PeerAuthentication>> {
         self.authentication.values().flatten().map(|named| &**named)
+    }
+
+    pub fn request_authentications(&self) -> impl ExactSizeIterator<Item = &Named<RequestAuthentication>> {
+        self.tokens.iter().map(|named| &**named)
+    }
+
+    /// The first policy that wants tokens of requests to a destination verified. All that select it hold together; whether
+    /// there is one is all that can be asked without HTTP.
+    pub fn verifies_tokens(&self, destination: &Identity) -> Option<&Named<RequestAuthentication>> {
+        let mut selecting = self
+            .tokens
+            .iter()
+            .filter(|named| self.selects(Some(&named.object.namespace), &named.policy.selector, destination));
+        selecting.find(|named| !named.policy.rules.is_empty()).map(|named| &**named)
     }
 
     /// Policies of the network languages, each spec by itself, in order of tier, then of name.
@@ -267,7 +285,7 @@ impl Model {
         };
         ranges.into_iter().flatten().filter(move |index| {
             let Named { object, policy, .. } = &*self.authorization[*index];
-            !policy.dry_run && self.selects(Some(&object.namespace), &policy.selector, destination)
+            policy.enforced() && self.selects(Some(&object.namespace), &policy.selector, destination)
         })
     }
 
@@ -298,12 +316,7 @@ impl Model {
     }
 
     /// A policy in the root namespace holds for all namespaces, with or without a selector.
-    pub(crate) fn selects(
-        &self,
-        namespace: Option<&Arc<str>>,
-        selector: &Selector,
-        destination: &Identity,
-    ) -> bool {
+    pub fn selects(&self, namespace: Option<&Arc<str>>, selector: &Selector, destination: &Identity) -> bool {
         let in_reach = match namespace {
             None => true,
             Some(namespace) => {

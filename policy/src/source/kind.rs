@@ -2,7 +2,7 @@
 
 use super::fields::{At, Findings};
 use super::yaml::{Node, Value};
-use super::{Meta, Spec, admin, cilium, core, network, security};
+use super::{Meta, Spec, admin, cilium, core, jwt, network, security};
 use crate::error::Severity;
 
 /// What happens to an object of some kind.
@@ -84,6 +84,7 @@ pub(super) fn treatment(version: &str, kind: &str) -> Treatment {
         ("discovery.k8s.io", "EndpointSlice") => used("EndpointSlice", &["v1", "v1beta1"]),
         ("security.istio.io", "AuthorizationPolicy") => used("AuthorizationPolicy", &["v1", "v1beta1"]),
         ("security.istio.io", "PeerAuthentication") => used("PeerAuthentication", &["v1", "v1beta1"]),
+        ("security.istio.io", "RequestAuthentication") => used("RequestAuthentication", &["v1", "v1beta1"]),
         ("networking.k8s.io", "NetworkPolicy") => used("NetworkPolicy", &["v1"]),
         ("cilium.io", "CiliumNetworkPolicy") => used("CiliumNetworkPolicy", &["v2"]),
         ("cilium.io", "CiliumClusterwideNetworkPolicy") => used("CiliumClusterwideNetworkPolicy", &["v2"]),
@@ -162,6 +163,11 @@ pub(super) fn read(treatment: &Treatment, meta: &Meta, node: &Node, out: &mut Fi
         "PeerAuthentication" => {
             top.ignore(&["status"]);
             Spec::PeerAuthentication(security::peer_authentication(top.take("spec"), out))
+        }
+        "RequestAuthentication" => {
+            top.ignore(&["status"]);
+            let spec = top.take("spec");
+            Spec::RequestAuthentication(jwt::request_authentication(&meta.object.namespace, spec, out))
         }
         "NetworkPolicy" => {
             top.ignore(&["status"]);

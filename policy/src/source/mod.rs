@@ -6,6 +6,7 @@ mod admin;
 mod cilium;
 pub mod core;
 mod fields;
+pub mod jwt;
 pub mod kind;
 mod network;
 pub mod rule;
@@ -14,7 +15,8 @@ mod selector;
 mod yaml;
 
 pub use self::core::{EndpointSlice, Pod, Service};
-pub use security::{Action, AuthorizationPolicy, MtlsMode, PeerAuthentication, Selector};
+pub use jwt::RequestAuthentication;
+pub use security::{Action, AuthorizationPolicy, MtlsMode, PeerAuthentication, Selector, Target};
 pub use yaml::{MAX_DEPTH, MAX_NODES};
 
 use crate::error::{ObjectRef, Origin, Problem, Severity};
@@ -56,6 +58,7 @@ pub enum Spec {
     EndpointSlice(EndpointSlice),
     AuthorizationPolicy(AuthorizationPolicy),
     PeerAuthentication(PeerAuthentication),
+    RequestAuthentication(RequestAuthentication),
     DestinationRule(core::DestinationRule),
     /// Any network policy of Kubernetes or Cilium, lowered: one for each `spec`.
     Network(Vec<NetworkPolicy>),

@@ -16,6 +16,8 @@ pub type Selector = BTreeMap<String, String>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Action {
     Allow,
+    /// Says what should be recorded, and decides nothing.
+    Audit,
     Deny,
 }
 
@@ -23,20 +25,39 @@ impl Action {
     pub fn name(self) -> &'static str {
         match self {
             Action::Allow => "ALLOW",
+            Action::Audit => "AUDIT",
             Action::Deny => "DENY",
         }
     }
 }
 
+/// A service that a policy is attached to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// In the policy's own namespace.
+    pub service: String,
+    /// The field that names it.
+    pub field: String,
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct AuthorizationPolicy {
     pub selector: Selector,
+    /// Instead of a selector: the workloads of these services.
+    pub targets: Vec<Target>,
     pub action: Action,
     pub rules: Vec<Rule>,
     /// Line of each rule's begin.
     pub lines: Vec<u32>,
     /// `istio.io/dry-run: "true"`: recorded, never enforced.
     pub dry_run: bool,
+}
+
+impl AuthorizationPolicy {
+    /// Does it decide about flows?
+    pub fn enforced(&self) -> bool {
+        !self.dry_run && self.action != Action::Audit
+    }
 }
 
 /// `mtls.mode`; UNSET, or absent, inherits from the next wider policy.
@@ -61,25 +82,18 @@ pub(super) fn authorization_policy(
     spec: Option<At<'_>>,
     out: &mut Findings,
 ) -> AuthorizationPolicy {
-    let dry_run = meta.annotations.get("istio.io/dry-run").is_some_and(|value| value == "true");
     let mut policy = AuthorizationPolicy {
         selector: Selector::new(),
+        targets: Vec::new(),
         action: Action::Allow,
         rules: Vec::new(),
         lines: Vec::new(),
-        dry_run,
+        dry_run: dry_run(meta, out),
     };
     let Some(spec) = spec else { return policy };
     let mut spec = spec.fields(out);
     policy.selector = selector(&mut spec, out);
-    for name in ["targetRef", "targetRefs"] {
-        if let Some(at) = spec.take(name) {
-            out.error(
-                &at,
-                "a policy attached to a gateway or service needs the HTTP engine; use spec.selector",
-            );
-        }
-    }
+    policy.targets = targets(&meta.object.namespace, &mut spec, &policy.selector, out);
     if let Some(at) = spec.take("provider") {
         out.error(&at, "external authorization is not enforceable yet; remove the provider");
     }
@@ -87,10 +101,14 @@ pub(super) fn authorization_policy(
         match at.text(out).as_deref() {
             Some("ALLOW") | None => {}
             Some("DENY") => policy.action = Action::Deny,
-            Some(other @ ("AUDIT" | "CUSTOM")) => {
-                out.error(&at, format!("action {other} is not enforceable yet; use ALLOW or DENY"));
+            Some("AUDIT") => policy.action = Action::Audit,
+            Some("CUSTOM") => {
+                out.error(
+                    &at,
+                    "action CUSTOM asks an external authorizer, which weft cannot do yet; use ALLOW or DENY",
+                );
             }
-            Some(other) => out.error(&at, format!("no action {other:?}; use ALLOW or DENY")),
+            Some(other) => out.error(&at, format!("no action {other:?}; use ALLOW, DENY or AUDIT")),
         }
     }
     let rules = spec.items("rules", out);
@@ -104,7 +122,55 @@ pub(super) fn authorization_policy(
     policy
 }
 
-fn selector(spec: &mut Fields<'_>, out: &mut Findings) -> Selector {
+/// The values that Go takes for booleans, as Istio reads the annotation (istio:pilot/pkg/model/authorization.go); another
+/// is no dry run.
+fn dry_run(meta: &Meta, out: &mut Findings) -> bool {
+    match meta.annotations.get("istio.io/dry-run").map(String::as_str) {
+        Some("1" | "t" | "T" | "true" | "TRUE" | "True") => true,
+        None | Some("0" | "f" | "F" | "false" | "FALSE" | "False") => false,
+        Some(other) => {
+            let message =
+                format!("istio.io/dry-run is {other:?}, neither true nor false: the policy is enforced");
+            out.add(Severity::Warning, meta.origin.line, "metadata.annotations", message);
+            false
+        }
+    }
+}
+
+/// `targetRefs`, and `targetRef` of old.
+pub(super) fn targets(
+    namespace: &str,
+    spec: &mut Fields<'_>,
+    selector: &Selector,
+    out: &mut Findings,
+) -> Vec<Target> {
+    let mut list: Vec<At<'_>> = spec.take("targetRef").into_iter().collect();
+    list.extend(spec.items("targetRefs", out));
+    if let Some(at) = list.first().filter(|_| !selector.is_empty()) {
+        out.error(at, "there is a selector too; use one of them");
+    }
+    let mut targets = Vec::new();
+    for at in &list {
+        let mut fields = at.fields(out);
+        let mut text = |name| fields.take(name).and_then(|at| at.text(out)).unwrap_or_default();
+        let (group, kind, name, space) = (text("group"), text("kind"), text("name"), text("namespace"));
+        fields.finish(out);
+        match (group.as_str(), kind.as_str()) {
+            ("" | "core", "Service") if name.is_empty() => out.error(at, "`name` is missing"),
+            ("" | "core", "Service") if !space.is_empty() && space != namespace => {
+                out.error(at, "a policy is attached to services of its own namespace only");
+            }
+            ("" | "core", "Service") => targets.push(Target { service: name, field: at.path.clone() }),
+            _ => out.error(
+                at,
+                format!("weft has no {kind:?} that a policy could be attached to; name a Service, or use a selector"),
+            ),
+        }
+    }
+    targets
+}
+
+pub(super) fn selector(spec: &mut Fields<'_>, out: &mut Findings) -> Selector {
     let Some(at) = spec.take("selector") else { return Selector::new() };
     let mut fields = at.fields(out);
     let labels = fields.labels("matchLabels", out);
@@ -216,6 +282,7 @@ fn condition(meta: &Meta, at: &At<'_>, out: &mut Findings) -> Alternative {
         "source.serviceAccount" => Some(&account),
         "destination.ip" => Some(&destination_ip),
         "destination.port" => Some(&port),
+        "connection.sni" => Some(&|at, out| text(at, RequestTest::ServerName, out)),
         "request.auth.principal" => Some(&|at, out| text(at, RequestTest::Principal, out)),
         "request.auth.audiences" => Some(&|at, out| text(at, RequestTest::Audience, out)),
         "request.auth.presenter" => Some(&|at, out| text(at, RequestTest::Presenter, out)),
@@ -232,7 +299,7 @@ fn condition(meta: &Meta, at: &At<'_>, out: &mut Findings) -> Alternative {
     } else {
         fields.ignore(&["values", "notValues"]);
         match key_at {
-            Some(at) if key.starts_with("connection.") || key.starts_with("experimental.") => {
+            Some(at) if key.starts_with("experimental.") => {
                 out.error(&at, format!("condition {key:?} is not enforceable yet"));
             }
             Some(at) => out.error(&at, format!("no condition is called {key:?}")),

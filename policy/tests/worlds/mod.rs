@@ -86,6 +86,7 @@ fn condition() -> impl Strategy<Value = String> {
         with("destination.ip", &["10.1.2.3", "10.1.0.0/16", "2001:db8::/32"]),
         with("destination.port", &["80", "8080"]),
         with("request.headers[x]", &["1"]),
+        with("connection.sni", &["*.example"]),
     ]
 }
 
@@ -121,7 +122,12 @@ fn policy() -> impl Strategy<Value = String> {
     ];
     let authorization = (namespace(), selector(), prop::bool::weighted(0.35), rules).prop_map(
         |(namespace, selector, deny, rules)| {
-            let action = if deny { "DENY" } else { "ALLOW" };
+            // A policy that records decides nothing, whatever its rules say.
+            let action = match (deny, rules.len() % 7) {
+                (_, 3) => "AUDIT",
+                (true, _) => "DENY",
+                (false, _) => "ALLOW",
+            };
             format!(
                 "kind: AuthorizationPolicy\nmetadata: {{name: NAME, namespace: {namespace}}}\n\
              spec: {{{selector}action: {action}, rules: [{rules}]}}\n"
@@ -148,7 +154,13 @@ fn policy() -> impl Strategy<Value = String> {
             text + "}\n"
         },
     );
-    prop_oneof![3 => authorization, 1 => authentication]
+    let tokens = (namespace(), selector()).prop_map(|(namespace, selector)| {
+        format!(
+            "kind: RequestAuthentication\nmetadata: {{name: NAME, namespace: {namespace}}}\n\
+             spec: {{{selector}jwtRules: [{{issuer: i, jwksUri: \"file:///keys.json\"}}]}}\n"
+        )
+    });
+    prop_oneof![12 => authorization, 4 => authentication, 1 => tokens]
         .prop_map(|text| format!("apiVersion: security.istio.io/v1\n{text}"))
 }
 

@@ -19,6 +19,7 @@ pub fn lint(store: &ObjectStore, model: &Model) -> Vec<Problem> {
     shadow::shadowed(model, &mut problems);
     shadow::unreachable_baseline(model, &mut problems);
     http::undeclared(store, model, &mut problems);
+    http::unverified(model, &mut problems);
     locked_out(model, &mut problems);
     services(store, model, &mut problems);
     problems.sort();

@@ -287,3 +287,56 @@ fn a_denial_of_everything_locks_out_health_checks() {
                   spec: {mtls: {mode: STRICT}}\n---\n";
     assert_eq!(told(&(nothing + strict)), [""; 0]);
 }
+
+#[test]
+fn a_token_that_nobody_verifies() {
+    let rules = "jwtRules: [{issuer: i, jwksUri: 'file:///keys.json'}]";
+    let tokens = |spec: &str| {
+        format!(
+            "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {{name: r, namespace: shop}}\n\
+             spec: {{{spec}}}\n---\n"
+        )
+    };
+    let asks = |text: &str| told(text).into_iter().filter(|line| line.contains("asks about a JWT")).count();
+    for rule in [
+        "{from: [{source: {requestPrincipals: ['*']}}]}",
+        "{from: [{source: {notRequestPrincipals: ['*']}}]}",
+        "{when: [{key: request.auth.principal, values: [a]}]}",
+        "{when: [{key: request.auth.audiences, values: [a]}]}",
+        "{when: [{key: request.auth.presenter, notValues: [a]}]}",
+        "{when: [{key: 'request.auth.claims[a][b]', values: [a]}]}",
+    ] {
+        let policy = authorization("p", &format!("rules: [{rule}]"));
+        assert_eq!(asks(&policy), 1, "{rule}");
+        assert_eq!(asks(&(policy.clone() + &tokens(rules))), 0, "{rule}");
+        // One without rules verifies none, and one for others none of these.
+        assert_eq!(asks(&(policy.clone() + &tokens(""))), 1, "{rule}");
+        let others = tokens(&format!("selector: {{matchLabels: {{app: web}}}}, {rules}"));
+        assert_eq!(asks(&(policy + &others)), 1, "{rule}");
+    }
+    for rule in
+        ["{to: [{operation: {methods: [GET]}}]}", "{when: [{key: 'request.headers[x]', values: [a]}]}"]
+    {
+        assert_eq!(asks(&authorization("p", &format!("rules: [{rule}]"))), 0, "{rule}");
+    }
+    // The rule is named by its place; a policy on two services is told of once.
+    let second = authorization("p", "rules: [{}, {from: [{source: {requestPrincipals: ['*']}}]}]");
+    let found = told(&second);
+    let wanted = "AuthorizationPolicy shop/p, spec.rules[1]: asks about a JWT, and no RequestAuthentication with jwtRules \
+                  selects spiffe://cluster.local/ns/shop/sa/default: no request to it ever has one that is verified; add \
+                  one with the issuer and its keys";
+    assert!(found.iter().any(|line| line == wanted), "{found:?}");
+    let service = |name: &str| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\nspec: {{selector: {{app: db}}, \
+             ports: [{{port: 80}}]}}\n---\n"
+        )
+    };
+    let attached = authorization(
+        "p",
+        "targetRefs: [{kind: Service, name: a}, {kind: Service, name: b}], rules: [{from: [{source: {requestPrincipals: \
+         ['*']}}]}]",
+    );
+    assert_eq!(asks(&(service("a") + &service("b") + &attached)), 1);
+    assert_eq!(asks(&(service("a") + &service("b") + &attached + &tokens(rules))), 0);
+}

@@ -1,10 +1,11 @@
 //! Policies that ask about HTTP on a port that nothing declares as HTTP, as Istio tells protocols: by `appProtocol`, else by
-//! the prefix of the port's name.
+//! the prefix of the port's name; and policies that ask about tokens where nobody verifies any.
 
 use super::warn;
 use crate::error::{ObjectRef, Problem};
 use crate::model::layer::{NetworkRule, Ports};
 use crate::model::{Direction, Identity, Model};
+use crate::request::RequestTest;
 use crate::source::core::{Pod, Service, ServicePort, TCP, TargetPort};
 use crate::source::rule::{Rule, Test};
 use crate::source::{Meta, Spec};
@@ -54,6 +55,36 @@ pub(super) fn undeclared(store: &ObjectStore, model: &Model, problems: &mut Vec<
             }
         }
     }
+}
+
+/// Claims come from verified tokens only: where no `RequestAuthentication` has them verified, no request ever has any
+/// (Istio, "Authorization Policy Conditions": the `request.auth` attributes need one).
+pub(super) fn unverified(model: &Model, problems: &mut Vec<Problem>) {
+    let identities = model.identities();
+    let without: Vec<_> = identities.iter().filter(|own| model.verifies_tokens(own).is_none()).collect();
+    // One that is attached to several services stands there several times.
+    let mut told = BTreeSet::new();
+    for named in model.authorization_policies() {
+        let asking = named.policy.rules.iter().position(|rule| rule.tests().any(about_token));
+        let Some(index) = asking else { continue };
+        let selects =
+            |own: &Identity| model.selects(Some(&named.object.namespace), &named.policy.selector, own);
+        let Some(identity) = without.iter().find(|own| selects(own)) else { continue };
+        if told.insert(&named.object) {
+            let line = named.policy.lines.get(index).copied().unwrap_or(named.origin.line);
+            let message = format!(
+                "asks about a JWT, and no RequestAuthentication with jwtRules selects {}: no request to it ever has one \
+                 that is verified; add one with the issuer and its keys",
+                identity.spiffe
+            );
+            problems.push(warn(&named.origin, line, &named.object, &format!("spec.rules[{index}]"), message));
+        }
+    }
+}
+
+fn about_token(test: &Test) -> bool {
+    use RequestTest::{Audience, Claim, Presenter, Principal};
+    matches!(test, Test::Request(Principal(_) | Audience(_) | Presenter(_) | Claim(..)))
 }
 
 /// Ports that the rule asks for by number; none: it asks for every port.

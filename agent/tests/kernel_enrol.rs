@@ -35,6 +35,9 @@ struct Node {
     _node: Namespace,
 }
 
+/// For what happens at once, on a machine that is slow and busy.
+const LONG: Duration = Duration::from_secs(20);
+
 const ADDRESSES: [&str; 2] = ["10.9.0.1", "10.9.0.2"];
 
 impl Node {
@@ -66,7 +69,7 @@ impl Node {
             socket.unwrap().unwrap()
         };
         let (sender, receiver) = (bind(from), bind(to));
-        receiver.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+        receiver.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
         sender.send_to(b"hello", receiver.local_addr().unwrap()).unwrap();
         receiver.recv(&mut [0; 8]).is_ok()
     }
@@ -211,13 +214,14 @@ fn a_revoked_rule_cuts_idle_connections_at_both_ends() {
     let (published, cuts) = (start.elapsed(), cut_revoked(&kernel.maps, &applied.enrolled).unwrap());
     let elapsed = start.elapsed();
     println!("{COUNT} connections: published after {published:?}, all cut after {elapsed:?}");
-    assert!(elapsed < Duration::from_millis(500), "{elapsed:?}");
+    // A tenth of a second on an idle machine.
+    assert!(elapsed < Duration::from_secs(5), "{elapsed:?}");
     assert_eq!(cuts.len(), COUNT);
     assert!(cuts.iter().all(|cut| cut.server == listener.local_addr().unwrap()));
     assert!(cuts.iter().all(|cut| (cut.source, cut.destination, cut.rule) == (16, 17, 7)));
     for (mut client, mut server) in pairs {
         for end in [&mut client, &mut server] {
-            end.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+            end.set_read_timeout(Some(LONG)).unwrap();
             let error = end.read(&mut [0; 1]).unwrap_err();
             assert!(
                 matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::ConnectionReset),
@@ -255,19 +259,18 @@ async fn only_marked_sockets_use_the_tunnel_port() {
     assert!(applied.problems.is_empty(), "{:?}", applied.problems);
     let [client, server] = [0, 1].map(|index| applied.enrolled[index].netns.clone());
     let target: SocketAddr = format!("{}:{TUNNEL_PORT}", ADDRESSES[1]).parse().unwrap();
-    let soon = Duration::from_millis(500);
 
     let listener = tcp(&server, Some(&kernel));
     listener.bind(target).unwrap();
     let listener = listener.listen(8).unwrap();
     // The SYN of a stranger is dropped, so the connect hangs.
-    assert!(timeout(soon, tcp(&client, None).connect(target)).await.is_err());
+    assert!(timeout(Duration::from_millis(500), tcp(&client, None).connect(target)).await.is_err());
     assert!(events::drops(&kernel.maps).unwrap()[&Reason::TunnelPort] > 0);
-    let mut agent = timeout(soon, tcp(&client, Some(&kernel)).connect(target)).await.unwrap().unwrap();
+    let mut agent = timeout(LONG, tcp(&client, Some(&kernel)).connect(target)).await.unwrap().unwrap();
     // The accepted socket inherits the mark: what it sends passes, too.
     let (mut accepted, _) = listener.accept().await.unwrap();
     accepted.write_all(b"hello").await.unwrap();
-    assert_eq!(timeout(soon, agent.read(&mut [0; 8])).await.unwrap().unwrap(), 5);
+    assert_eq!(timeout(LONG, agent.read(&mut [0; 8])).await.unwrap().unwrap(), 5);
 }
 
 #[tokio::test]
@@ -288,7 +291,7 @@ async fn refusals_are_told_as_they_happen() {
             }
         }
     };
-    let event = timeout(Duration::from_secs(1), told).await.unwrap();
+    let event = timeout(LONG, told).await.unwrap();
     assert_eq!((event.source, event.destination, event.rule), (17, 16, 7));
     assert_eq!((event.src, event.dst), (address(1), address(0)));
     // Quiet again: the stream waits.

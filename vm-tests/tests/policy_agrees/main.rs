@@ -24,6 +24,8 @@ fn wanted() -> usize {
 /// Flows of one set of policies that are denied: below [`weft_datapath::event::RATE_LIMIT`], so that each is told.
 const DENIED: usize = 90;
 const FLOWS: usize = 160;
+/// More sets than any run needs.
+const SETS: usize = 60;
 /// The rate limit's window, and some.
 const PACE: Duration = Duration::from_millis(1100);
 
@@ -236,10 +238,13 @@ fn real_flows_are_as_explained() {
     let timeout = Duration::from_millis(if on_host() { 300 } else { 2000 });
     let (mut count, mut denied, mut tunnelled, mut again, mut unenforceable) = (0, 0, 0, 0, 0);
     let mut last = Instant::now();
+    // One set may deny nothing or all of its flows, so that a run of few sets can want another.
+    let telling = |count: usize, denied: usize| denied * 10 > count && denied * 10 < count * 9;
     for round in 0.. {
-        if count >= wanted() {
+        if count >= wanted() && telling(count, denied) {
             break;
         }
+        assert!(round < SETS, "{denied} of {count} denied says little");
         let model = apply(&mesh, &mut random, round);
         unenforceable += model.blocked().len();
         assert!(unenforceable * 4 <= 3 + round, "the generator writes too much that cannot be enforced");
@@ -282,7 +287,7 @@ fn real_flows_are_as_explained() {
         let mut missing: Vec<&(Asked, Expected)> =
             flows.iter().filter(|(_, expected)| !expected.allowed).collect();
         let mut events: Vec<Value> = Vec::new();
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + Duration::from_secs(30);
         while !missing.is_empty() && wrong.is_empty() && Instant::now() < deadline {
             for observer in &mut observers {
                 while let Some(event) = observer.line_within(Duration::from_millis(20)) {
@@ -319,7 +324,6 @@ fn real_flows_are_as_explained() {
         "{count} flows, {denied} denied, {tunnelled} between nodes, {again} tried again, {unenforceable} policies that \
          cannot be enforced"
     );
-    assert!(denied * 10 > count && denied * 10 < count * 9, "{denied} of {count} denied says little");
     assert!(tunnelled * 20 > count, "only {tunnelled} of {count} between nodes");
 }
 

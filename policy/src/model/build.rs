@@ -38,13 +38,17 @@ impl Model {
                     workloads.push(model.workload_of(object, pod, interned));
                 }
                 Spec::AuthorizationPolicy(policy) => {
-                    for selector in model.selectors(object, &policy.selector, &policy.targets, &objects) {
+                    for selector in
+                        model.selectors(object, &policy.selector, &policy.targets, &objects, store)
+                    {
                         let policy = AuthorizationPolicy { selector, ..policy.clone() };
                         model.authorization.push(named(object, policy));
                     }
                 }
                 Spec::RequestAuthentication(policy) => {
-                    for selector in model.selectors(object, &policy.selector, &policy.targets, &objects) {
+                    for selector in
+                        model.selectors(object, &policy.selector, &policy.targets, &objects, store)
+                    {
                         let policy = RequestAuthentication { selector, ..policy.clone() };
                         model.tokens.push(named(object, policy));
                     }
@@ -98,18 +102,26 @@ impl Model {
     }
 
     /// Whom a policy of Istio selects: by its own selector, or whom the services select that it is attached to. One that is
-    /// attached to a service without a selector cannot be enforced; a service that does not exist has no workloads.
+    /// attached to a service without a selector, or to one that cannot be read, cannot be enforced; a service that does not
+    /// exist has no workloads.
     fn selectors(
         &mut self,
         object: &Object,
         own: &Selector,
         targets: &[Target],
         objects: &BTreeMap<ObjectRef, &Arc<Object>>,
+        store: &ObjectStore,
     ) -> Vec<Selector> {
         if targets.is_empty() {
             return vec![own.clone()];
         }
         let namespace = &object.meta.object.namespace;
+        let own_namespace = Reach { namespace: Some(namespace.clone()), selector: Selector::new() };
+        if *namespace == self.settings.root_namespace {
+            self.problem(object, Severity::Error, &targets[0].field, TARGET_IN_ROOT.into());
+            self.block_exactly(Some(object.meta.object.clone()), object.meta.origin.clone(), own_namespace);
+            return Vec::new();
+        }
         let mut selectors = Vec::new();
         for Target { service, field } in targets {
             let name = ObjectRef {
@@ -121,16 +133,16 @@ impl Model {
                 Some(Spec::Service(service)) if !service.selector.is_empty() => {
                     selectors.push(service.selector.clone());
                 }
-                Some(_) => {
-                    let message =
-                        format!("{name} has no selector, so its workloads are not known; use spec.selector");
-                    self.problem(object, Severity::Error, field, message);
-                    let reach = Reach { namespace: Some(namespace.clone()), selector: Selector::new() };
-                    self.block(Some(object.meta.object.clone()), object.meta.origin.clone(), reach);
-                }
-                None => {
+                None if !store.broken().any(|broken| broken.object.as_ref() == Some(&name)) => {
                     let message = format!("there is no {name}: nothing is selected by it");
                     self.problem(object, Severity::Warning, field, message);
+                }
+                found => {
+                    let why = if found.is_some() { "has no selector" } else { "cannot be read" };
+                    let message = format!("{name} {why}, so its workloads are not known; use spec.selector");
+                    self.problem(object, Severity::Error, field, message);
+                    let (name, origin) = (object.meta.object.clone(), object.meta.origin.clone());
+                    self.block_exactly(Some(name), origin, own_namespace.clone());
                 }
             }
         }
@@ -157,6 +169,10 @@ impl Model {
         let stays = object.as_ref().is_some_and(|object| object.kind.ends_with("NetworkPolicy"));
         reach.namespace =
             reach.namespace.filter(|namespace| stays || *namespace != self.settings.root_namespace);
+        self.block_exactly(object, origin, reach);
+    }
+
+    fn block_exactly(&mut self, object: Option<ObjectRef>, origin: Origin, reach: Reach) {
         let whom = match &reach.namespace {
             None => "the whole mesh".to_owned(),
             Some(namespace) => format!("namespace {namespace}"),
@@ -316,6 +332,10 @@ impl Model {
         self.services.binary_search_by(key).ok()
     }
 }
+
+/// Its selector would hold in every namespace, where the service is another or none.
+const TARGET_IN_ROOT: &str = "policies of the root namespace hold for the whole mesh, and a Service belongs to one namespace; use \
+     spec.selector, or attach a policy of another namespace to a Service there";
 
 const SELECTOR_IN_ROOT: &str = "a PeerAuthentication of the root namespace holds for the whole mesh and takes no selector; \
      move it to the namespace of the workloads";

@@ -254,11 +254,6 @@ fn token_rules_that_cannot_be_enforced_are_named() {
             jwks(r#"{"keys": [{"kty": "oct", "k": "c2VjcmV0"}]}"#),
             "jwks.keys[0]: this is a private or shared key",
         ),
-        (
-            jwks(r#"{"keys": [{"kty": "EC", "crv": "P-192", "x": "eA", "y": "eQ"}]}"#),
-            "jwks.keys[0]: not a key that",
-        ),
-        (jwks(r#"{"keys": [{"kty": "RSA", "n": "bm4"}]}"#), "jwks.keys[0]: not a key that weft can use"),
         (jwks(RSA) + ", fromHeaders: [{prefix: x}]", "fromHeaders[0]: `name` is missing"),
         (jwks(RSA) + ", fromParams: [\"\"]", "fromParams[0]: an empty text"),
         (jwks(RSA) + ", audience: [x]", "audience: no such field"),
@@ -275,6 +270,26 @@ fn token_rules_that_cannot_be_enforced_are_named() {
         let problems = check(&text);
         assert!(problems.iter().any(|p| p.contains(expected)), "{rule}: {problems:?}");
         assert!(problems.iter().any(|p| p.contains("refuse all traffic")), "{rule}: {problems:?}");
+    }
+    for key in [
+        r#"{"kty": "EC", "crv": "P-192", "x": "eA", "y": "eQ"}"#,
+        r#"{"kty": "RSA", "n": "bm4"}"#,
+        r#"{"kty": "RSA", "n": "!!", "e": "AQAB"}"#,
+        r#"{"kty": "RSA", "n": "bm4", "e": "AQAB", "use": "enc"}"#,
+        r#"{"kty": "EC", "crv": "P-256", "x": "eA", "y": "eQ", "alg": "HS256"}"#,
+    ] {
+        let among = |keys: &str| {
+            check(&format!(
+                "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {{name: a}}\nspec: {{jwtRules: \
+                 [{{{}}}]}}\n",
+                jwks(keys)
+            ))
+        };
+        let alone = among(&format!("{{\"keys\": [{key}]}}"));
+        assert!(alone.iter().any(|p| p.contains("no usable key is in the set")), "{key}: {alone:?}");
+        let beside = among(&RSA.replace("[{", &format!("[{key}, {{")));
+        assert!(beside.iter().any(|p| p.contains("jwks.keys[0]: left out")), "{key}: {beside:?}");
+        assert!(!beside.iter().any(|p| p.contains("error")), "{key}: {beside:?}");
     }
     let whole = jwks(RSA)
         + ", audiences: [a], fromHeaders: [{name: X-Token, prefix: \"t \"}], fromParams: [p], fromCookies: [c], \

@@ -59,7 +59,7 @@ pub struct Decision {
 
 impl Flow<'_> {
     /// The port that Istio's policies may name: they know of no other protocols than those with ports.
-    fn service_port(&self) -> u16 {
+    pub(crate) fn service_port(&self) -> u16 {
         if matches!(self.protocol, 6 | 17 | 132) { self.port } else { 0 }
     }
 }
@@ -112,7 +112,7 @@ impl Model {
     }
 
     /// Labels are not in certificates: they hold where certificate and address name one known workload.
-    fn known<'a>(&'a self, peer: Peer<'a>, addr: IpAddr) -> Peer<'a> {
+    pub(crate) fn known<'a>(&'a self, peer: Peer<'a>, addr: IpAddr) -> Peer<'a> {
         let Peer::Certified(id) = peer else { return peer };
         match self.workload_at(addr) {
             Some(workload) if workload.enrolled && workload.identity.spiffe == *id => {
@@ -122,7 +122,7 @@ impl Model {
         }
     }
 
-    fn refused_by_blocked(&self, subject: &Identity, direction: Direction) -> Option<Decision> {
+    pub(crate) fn refused_by_blocked(&self, subject: &Identity, direction: Direction) -> Option<Decision> {
         let blocked = self.blocked_by(subject, direction)?;
         let name = blocked
             .object
@@ -135,7 +135,7 @@ impl Model {
         Some(deny(Some(rule), reason, format!("repair or remove {name} in {place}")))
     }
 
-    fn refused_by_mode(&self, flow: &Flow<'_>, destination: &Identity) -> Option<Decision> {
+    pub(crate) fn refused_by_mode(&self, flow: &Flow<'_>, destination: &Identity) -> Option<Decision> {
         if !matches!(flow.source, Peer::Anonymous | Peer::Node) {
             return None;
         }
@@ -232,7 +232,7 @@ impl Model {
     }
 
     /// The layer of Kubernetes' network policies, or that of Cilium's.
-    fn network(
+    pub(crate) fn network(
         &self,
         flow: &Flow<'_>,
         subject: &Identity,
@@ -240,11 +240,25 @@ impl Model {
         direction: Direction,
         cilium: bool,
     ) -> Decision {
+        self.with_facts(flow, subject, peer, direction, |facts| {
+            self.network_layer(flow, subject, facts, direction, cilium)
+        })
+    }
+
+    /// What rules of network policies may ask about a flow.
+    pub(crate) fn with_facts<R>(
+        &self,
+        flow: &Flow<'_>,
+        subject: &Identity,
+        peer: Peer<'_>,
+        direction: Direction,
+        ask: impl FnOnce(&NetworkFacts<'_>) -> R,
+    ) -> R {
         let (peer_addr, destination) = match direction {
             Direction::Ingress => (flow.source_addr, Peer::Workload(subject)),
             Direction::Egress => (flow.destination_addr, peer),
         };
-        let facts = NetworkFacts {
+        ask(&NetworkFacts {
             peer,
             address_in: &|cidr| cidr.contains(peer_addr),
             namespaces: &self.namespaces,
@@ -255,34 +269,46 @@ impl Model {
                 _ => Match::No,
             },
             request: flow.request,
-        };
-        let of = |wanted: fn(&Tier) -> bool| -> Vec<&Named<NetworkPolicy>> {
-            let selected = self.network_policies().filter(|named| wanted(&named.policy.tier));
-            selected.filter(|named| named.policy.subject.selects(&self.namespaces, subject)).collect()
-        };
+        })
+    }
+
+    /// The network policies of some tiers that select a workload.
+    pub(crate) fn network_of(
+        &self,
+        subject: &Identity,
+        wanted: impl Fn(&Tier) -> bool,
+    ) -> Vec<&Named<NetworkPolicy>> {
+        let selected = self.network_policies().filter(|named| wanted(&named.policy.tier));
+        selected.filter(|named| named.policy.subject.selects(&self.namespaces, subject)).collect()
+    }
+
+    fn network_layer(
+        &self,
+        flow: &Flow<'_>,
+        subject: &Identity,
+        facts: &NetworkFacts<'_>,
+        direction: Direction,
+        cilium: bool,
+    ) -> Decision {
+        let of = |wanted: fn(&Tier) -> bool| self.network_of(subject, wanted);
         if cilium {
             let policies = of(|tier| *tier == Tier::Cilium);
-            return cilium_layer(&policies, &facts, flow, direction);
+            return cilium_layer(&policies, facts, flow, direction);
         }
         let admin = of(|tier| matches!(tier, Tier::Admin { .. }));
-        if let Some(decision) = in_order(&admin, &facts, direction) {
+        if let Some(decision) = in_order(&admin, facts, direction) {
             return decision;
         }
         let network = of(|tier| *tier == Tier::Network);
         if let Some(first) = network.iter().find(|named| named.policy.isolates(direction)) {
             // "Traffic to and from the node where a Pod is running is always allowed" (Kubernetes, Network Policies).
-            if peer == Peer::Node {
+            if facts.peer == Peer::Node {
                 return allow(None, "network policies always allow the node".into());
             }
-            return isolated(
-                first,
-                best_of(&network, &facts, direction, RuleVerdict::Allow),
-                flow,
-                direction,
-            );
+            return isolated(first, best_of(&network, facts, direction, RuleVerdict::Allow), flow, direction);
         }
         let baseline = of(|tier| matches!(tier, Tier::Baseline { .. }));
-        in_order(&baseline, &facts, direction)
+        in_order(&baseline, facts, direction)
             .unwrap_or_else(|| allow(None, "no network policy isolates the workload".into()))
     }
 }

@@ -7,6 +7,7 @@
 //! | resolve | [`model`] | objects, a [`Model`] in which every reference is resolved |
 //! | compile | [`compile()`] | a model, the [`Tables`] that the kernel reads |
 //! | decide | [`eval`] | a model and a flow, a verdict with its reason |
+//! | ask | [`http`] | a model and a connection, what is left to ask of each request |
 //! | follow | [`engine`] | a change of some objects, the difference of the tables |
 //! | explain | [`mod@explain`] | the line that decided, and for a deny what would allow it |
 //!
@@ -19,6 +20,7 @@ pub mod engine;
 pub mod error;
 pub mod eval;
 pub mod explain;
+pub mod http;
 pub mod lint;
 pub mod model;
 pub mod request;
@@ -31,6 +33,7 @@ pub use engine::Engine;
 pub use error::{ObjectRef, Origin, Problem, Severity};
 pub use eval::{Decision, Flow, Peer, Verdict};
 pub use explain::{Change, Explanation};
+pub use http::HttpRules;
 pub use model::{Cidr, Identity, Model, Settings, SpiffeId, Workload};
 pub use request::Request;
 pub use store::ObjectStore;

@@ -5,7 +5,7 @@
 //! can be walked around.
 
 use crate::source::rule::Pattern;
-use regex::Regex;
+use regex::{Regex, RegexBuilder};
 use std::collections::BTreeMap;
 
 /// A request whose token, if it has one, was verified.
@@ -182,9 +182,12 @@ pub(crate) fn whole(expression: &str, text: &str) -> bool {
     anchored(expression).is_ok_and(|regex| regex.is_match(text))
 }
 
+/// Most that one compiled expression takes, in bytes: a short text can stand for a large machine, as `(a{99}){99}` does.
+const MAX_EXPRESSION: usize = 1 << 20;
+
 /// The expression, for whole texts; linear in time, as RE2 is, which Cilium's and Istio's proxies use.
 pub(crate) fn anchored(expression: &str) -> Result<Regex, regex::Error> {
-    Regex::new(&format!("^(?:{expression})$"))
+    RegexBuilder::new(&format!("^(?:{expression})$")).size_limit(MAX_EXPRESSION).build()
 }
 
 #[cfg(test)]

@@ -13,8 +13,8 @@ use weft_datapath::identity::{ANONYMOUS, FIRST_WORKLOAD, NODE};
 use weft_datapath::policy::{self, Access, Mode};
 use weft_policy::model::cidr;
 use weft_policy::model::layer::icmp_port;
-use weft_policy::{Flow, Model, ObjectStore, Peer, RuleRef, Settings, Tables, Verdict, compile};
-use worlds::{network_policy, world};
+use weft_policy::{Flow, Model, Peer, RuleRef, Tables, Verdict, compile};
+use worlds::{model_of, network_policy, world};
 
 const ADDRS: &[&str] = &[
     "10.1.2.3",
@@ -45,12 +45,6 @@ const ASKED: &[(u8, u16)] = &[
     (58, icmp_port(128)),
     (47, 0),
 ];
-fn model_of(objects: &[String], default_deny: bool) -> Model {
-    let mut store = ObjectStore::new();
-    store.apply("world.yaml", &objects.join("---\n"));
-    store.model(Settings { default_deny, ..Settings::default() })
-}
-
 fn numbers(model: &Model) -> compile::Numbers {
     model.identities().into_iter().zip(FIRST_WORKLOAD..).collect::<BTreeMap<Arc<_>, _>>()
 }

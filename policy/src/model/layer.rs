@@ -269,14 +269,19 @@ impl NetworkPolicy {
 
 impl NetworkRule {
     pub fn matches(&self, facts: &NetworkFacts<'_>) -> Match {
-        let peers = self.peers.iter().map(|peer| peer.matches(facts)).max().unwrap_or(Match::No);
-        let ports = self.ports.iter().map(|port| port.matches(facts)).max().unwrap_or(Match::No);
         let http = match facts.request {
             _ if self.http.is_empty() => Match::Yes,
             None => Match::Undecided,
             Some(request) => self.http.iter().any(|http| http.matches(request)).into(),
         };
-        peers.min(ports).min(http)
+        self.matches_connection(facts).min(http)
+    }
+
+    /// Does it match, as far as HTTP is not asked?
+    pub(crate) fn matches_connection(&self, facts: &NetworkFacts<'_>) -> Match {
+        let peers = self.peers.iter().map(|peer| peer.matches(facts)).max().unwrap_or(Match::No);
+        let ports = self.ports.iter().map(|port| port.matches(facts)).max().unwrap_or(Match::No);
+        peers.min(ports)
     }
 }
 

@@ -22,7 +22,7 @@ pub enum Match {
 }
 
 impl Match {
-    fn not(self) -> Match {
+    pub(crate) fn not(self) -> Match {
         match self {
             Match::No => Match::Yes,
             Match::Undecided => Match::Undecided,
@@ -169,7 +169,7 @@ impl Test {
 
     /// A source that nobody vouches for has no principal, namespace or account: positive tests miss, and so negative
     /// ones hold.
-    fn matches(&self, facts: &Facts<'_>) -> Match {
+    pub(crate) fn matches(&self, facts: &Facts<'_>) -> Match {
         match self {
             Test::Principal(_) | Test::Namespace(_) | Test::ServiceAccount { .. } => {
                 facts.source.is_some_and(|id| self.names(id, facts.trust_domain)).into()

@@ -3,6 +3,7 @@
 
 use proptest::prelude::*;
 use std::fmt::Write;
+use weft_policy::{Model, ObjectStore, Settings};
 
 const CIDRS: &[&str] = &[
     "0.0.0.0/0",
@@ -53,7 +54,14 @@ fn source() -> impl Strategy<Value = String> {
     let rest = (
         pair("ipBlocks", "notIpBlocks", CIDRS),
         prop::option::weighted(0.2, Just("remoteIpBlocks: [\"10.0.0.0/8\"]".to_owned())),
-        prop::option::weighted(0.1, Just("requestPrincipals: [\"*\"]".to_owned())),
+        prop::option::weighted(
+            0.1,
+            one(&[
+                "requestPrincipals: [\"*\"]",
+                "requestPrincipals: [\"i/me\"]",
+                "notRequestPrincipals: [\"i/*\"]",
+            ]),
+        ),
     );
     (who, rest).prop_filter_map("empty", |(mut fields, (ip, remote, http))| {
         fields.extend(ip.into_iter().chain(remote).chain(http));
@@ -62,12 +70,43 @@ fn source() -> impl Strategy<Value = String> {
 }
 
 fn operation() -> impl Strategy<Value = String> {
-    let http = prop::option::weighted(0.3, Just("methods: [\"GET\"]".to_owned()));
+    let http = prop::option::weighted(0.3, asked_of_http());
     (pair("ports", "notPorts", &["80", "443", "8080"]), http).prop_filter_map(
         "empty",
         |(mut fields, http)| {
             fields.extend(http);
             (!fields.is_empty()).then(|| format!("{{operation: {{{}}}}}", fields.join(", ")))
+        },
+    )
+}
+
+fn asked_of_http() -> impl Strategy<Value = String> {
+    one(&[
+        "methods: [\"GET\"]",
+        "notMethods: [\"POST\"]",
+        "methods: [\"GET\", \"POST\"], paths: [\"/a*\"]",
+        "paths: [\"/b/{*}\"]",
+        "notPaths: [\"/a\"], hosts: [\"H\"]",
+    ])
+}
+
+/// A policy that mostly asks for what only HTTP shows.
+pub(crate) fn http_policy() -> impl Strategy<Value = String> {
+    let rule =
+        (asked_of_http(), prop::option::weighted(0.3, source()), prop::option::weighted(0.3, condition()));
+    let rule = rule.prop_map(|(http, source, condition)| {
+        let from = source.map_or(String::new(), |source| format!(", from: [{source}]"));
+        let when = condition.map_or(String::new(), |condition| format!(", when: [{condition}]"));
+        format!("{{to: [{{operation: {{{http}}}}}]{from}{when}}}")
+    });
+    let action = prop::sample::select(vec!["ALLOW", "ALLOW", "DENY"]);
+    (namespace(), selector(), action, prop::collection::vec(rule, 1..4)).prop_map(
+        |(namespace, selector, action, rules)| {
+            format!(
+                "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: NAME, namespace: \
+                 {namespace}}}\nspec: {{{selector}action: {action}, rules: [{}]}}\n",
+                rules.join(", ")
+            )
         },
     )
 }
@@ -85,7 +124,8 @@ fn condition() -> impl Strategy<Value = String> {
         with("source.serviceAccount", &["a", "prod/b"]),
         with("destination.ip", &["10.1.2.3", "10.1.0.0/16", "2001:db8::/32"]),
         with("destination.port", &["80", "8080"]),
-        with("request.headers[x]", &["1"]),
+        with("request.headers[x]", &["1", "2*"]),
+        with("request.auth.claims[group]", &["admin"]),
         with("connection.sni", &["*.example"]),
     ]
 }
@@ -263,7 +303,9 @@ fn cilium_rule(side: &'static str, deny: bool) -> impl Strategy<Value = String> 
         block().prop_map(move |block| format!("{side}CIDRSet: [{block}], ")),
         Just(String::new()),
     ];
-    let http = if deny { "" } else { ", rules: {http: [{method: GET}]}" };
+    let http = move |rules: String| if deny { String::new() } else { format!(", rules: {{http: {rules}}}") };
+    let asked =
+        one(&["[{method: GET}]", "[{path: \"/a.*\", host: h}, {method: POST}]", "[{headers: [\"x: 1\"]}]"]);
     let ports = prop_oneof![
         one(&[
             "{port: \"80\", protocol: TCP}",
@@ -271,14 +313,16 @@ fn cilium_rule(side: &'static str, deny: bool) -> impl Strategy<Value = String> 
             "{port: \"8000\", endPort: 9000, protocol: TCP}"
         ])
         .prop_map(|port| format!("toPorts: [{{ports: [{port}]}}]")),
-        Just(format!("toPorts: [{{ports: [{{port: \"80\", protocol: TCP}}]{http}}}]")),
+        asked.prop_map(move |rules| {
+            format!("toPorts: [{{ports: [{{port: \"80\", protocol: TCP}}]{}}}]", http(rules))
+        }),
         Just("icmps: [{fields: [{type: 8, family: IPv4}]}]".to_owned()),
         Just(String::new()),
     ];
     (peers, ports).prop_map(|(peers, ports)| format!("{{{peers}{ports}}}"))
 }
 
-fn cilium_policy() -> impl Strategy<Value = String> {
+pub(crate) fn cilium_policy() -> impl Strategy<Value = String> {
     let list = |name: &'static str, side: &'static str, deny: bool| {
         prop::option::weighted(0.4, several(cilium_rule(side, deny)))
             .prop_map(move |rules| rules.map_or(String::new(), |rules| format!(", {name}: {rules}")))
@@ -375,7 +419,14 @@ pub(crate) fn any_policy() -> impl Strategy<Value = String> {
 }
 
 pub(crate) fn world() -> impl Strategy<Value = (Vec<String>, bool)> {
-    let objects = (prop::collection::vec(pod(), 1..5), prop::collection::vec(any_policy(), 0..6));
+    world_of(prop::collection::vec(any_policy(), 0..6))
+}
+
+/// A world with these policies.
+pub(crate) fn world_of(
+    policies: impl Strategy<Value = Vec<String>>,
+) -> impl Strategy<Value = (Vec<String>, bool)> {
+    let objects = (prop::collection::vec(pod(), 1..5), policies);
     (objects, prop::bool::weighted(0.3)).prop_map(|((pods, policies), default_deny)| {
         let labelled =
             "apiVersion: v1\nkind: Namespace\nmetadata: {name: prod, labels: {team: red}}\n".to_owned();
@@ -385,4 +436,10 @@ pub(crate) fn world() -> impl Strategy<Value = (Vec<String>, bool)> {
         objects.push(labelled);
         (objects, default_deny)
     })
+}
+
+pub(crate) fn model_of(objects: &[String], default_deny: bool) -> Model {
+    let mut store = ObjectStore::new();
+    store.apply("world.yaml", &objects.join("---\n"));
+    store.model(Settings { default_deny, ..Settings::default() })
 }

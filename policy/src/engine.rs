@@ -96,10 +96,6 @@ impl Engine {
     /// Everything that is wrong with files and between objects, sorted. Looks at all objects.
     pub fn problems(&mut self) -> Vec<Problem> {
         self.model.check(self.objects.values());
-        let mut problems: Vec<Problem> =
-            self.store.problems().chain(self.model.problems()).cloned().collect();
-        problems.sort();
-        problems.dedup();
-        problems
+        Problem::in_order(self.store.problems().chain(self.model.problems()))
     }
 }

@@ -1,5 +1,6 @@
 //! What is wrong with a manifest, and where: one sentence each.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 
@@ -65,6 +66,13 @@ pub struct Problem {
     pub field: String,
     /// What is wrong and what would be right, without a full stop.
     pub message: String,
+}
+
+impl Problem {
+    /// Sorts, and keeps one of those that say the same.
+    pub(crate) fn in_order<'a>(problems: impl Iterator<Item = &'a Self>) -> Vec<Self> {
+        problems.collect::<BTreeSet<_>>().into_iter().cloned().collect()
+    }
 }
 
 impl fmt::Display for Problem {

@@ -154,9 +154,7 @@ impl ObjectStore {
     /// Resolves all objects and returns all problems of files and model, sorted.
     pub fn check(&self, settings: Settings) -> Vec<Problem> {
         let model = self.model(settings);
-        let mut problems: Vec<Problem> = self.problems().chain(model.problems()).cloned().collect();
-        problems.sort();
-        problems
+        Problem::in_order(self.problems().chain(model.problems()))
     }
 }
 

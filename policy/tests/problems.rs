@@ -317,9 +317,10 @@ fn services_that_claim_one_address_and_policies_that_tear_an_identity() {
            Service default/a, which counts",
         ],
     );
+    // The same range twice in one rule is one warning.
     let pods = format!("{POD}---\n{}", POD.replace("name: p", "name: q").replace("0.1", "0.2"));
     let policy = "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: a}\nspec: {rules: \
-                  [{when: [{key: destination.ip, values: [10.0.0.1]}]}]}\n";
+                  [{when: [{key: destination.ip, values: [10.0.0.1], notValues: [10.0.0.1]}]}]}\n";
     says(
         &(pods + policy),
         &[

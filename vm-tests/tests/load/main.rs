@@ -1,10 +1,11 @@
 //! Every program passes this kernel's verifier, and what a kernel refuses is told with program, hook and reason.
 
-use std::collections::BTreeMap;
+mod cost;
 
-use aya::EbpfLoader;
 use aya::programs::{Program, ProgramError};
-use vm_tests::{skip, verifier};
+use aya::{Ebpf, EbpfLoader};
+use vm_tests::skip;
+use vm_tests::verifier;
 use weft_datapath::names::config;
 
 /// The programs of weft.
@@ -14,20 +15,21 @@ const BROKEN: &str = "weft-broken";
 /// Lines of the verifier's log that say why; the rest is the way there.
 const LAST: usize = 12;
 
-/// Loads the programs of an object for a kernel with these features, all or one: how many instructions each took to verify,
-/// where that is told.
-fn load(object: &str, only: Option<&str>, features: u32) -> Result<BTreeMap<String, u32>, String> {
+fn read(object: &str) -> Vec<u8> {
     let path = format!("{}/../target/bpf/{object}", env!("CARGO_MANIFEST_DIR"));
-    let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{path}: {e}; run `cargo xtask build-ebpf`"));
+    std::fs::read(&path).unwrap_or_else(|e| panic!("{path}: {e}; run `cargo xtask build-ebpf`"))
+}
+
+/// Loads the programs of an object for a kernel with these features, all or one.
+fn load(object: &str, only: Option<&str>, features: u32) -> Result<Ebpf, String> {
     let mut ebpf = EbpfLoader::new()
         .override_global(config::GLOBAL, &features, false)
-        .load(&bytes)
+        .load(&read(object))
         .map_err(|e| format!("the object does not load: {e}"))?;
     let mut names: Vec<String> = ebpf.programs().map(|(name, _)| name.to_owned()).collect();
     names.sort();
     names.retain(|name| only.is_none_or(|only| only == name));
     assert!(!names.is_empty(), "{object} has no such program");
-    let mut counts = BTreeMap::new();
     for name in &names {
         let program = ebpf.program_mut(name).expect("listed");
         let hook = format!("{:?}", program.prog_type());
@@ -38,11 +40,8 @@ fn load(object: &str, only: Option<&str>, features: u32) -> Result<BTreeMap<Stri
             _ => Err(ProgramError::UnexpectedProgramType),
         };
         loaded.map_err(|error| refusal(name, &hook, &error))?;
-        let info = ebpf.program(name).expect("listed").info().expect("loaded");
-        // Kernels before 5.16 do not tell.
-        counts.extend(info.verified_instruction_count().map(|count| (name.clone(), count)));
     }
-    Ok(counts)
+    Ok(ebpf)
 }
 
 /// Program, hook and the verifier's last lines.
@@ -62,15 +61,22 @@ fn every_program_passes_the_verifier() {
     // Older kernels lack some helpers; which ones is found by trying, as the agent does.
     let candidates = [all, config::SOCKOPS_NETNS, 0];
     let mut refused = Vec::new();
-    let counts = candidates
+    let loaded = candidates
         .into_iter()
         .find_map(|features| load(WEFT, None, features).map_err(|e| refused.push(e)).ok());
-    let counts = counts.unwrap_or_else(|| panic!("{}", refused.join("\n")));
-    assert!(counts.is_empty() || counts.len() == 13, "{counts:?}");
+    let loaded = loaded.unwrap_or_else(|| panic!("{}", refused.join("\n")));
+    let costs = cost::of_programs(&read(WEFT), &loaded);
+    assert_eq!(costs.len(), 13, "{costs:?}");
+    for (name, program) in loaded.programs() {
+        // Kernels before 5.16 do not tell.
+        if let Some(count) = program.info().expect("loaded").verified_instruction_count() {
+            assert_eq!(count, costs[name].instructions, "{name}: what was measured is not what runs");
+        }
+    }
     // What follows the first word can go into verifier.txt as it is.
     println!(); // The harness has begun a line.
-    counts.iter().for_each(|(name, count)| println!("verified {} {name} {count}", skip::kernel()));
-    let grown = verifier::growth(&skip::kernel(), &counts);
+    costs.iter().for_each(|(name, cost)| println!("verified {} {name} {cost}", skip::kernel()));
+    let grown = verifier::growth(&skip::kernel(), &costs);
     assert!(grown.is_empty(), "{}", grown.join("\n"));
 }
 

@@ -54,6 +54,10 @@ fn main() {
                 sleep(Duration::from_secs(3600));
             },
             Some("panic") => sysrq("c"),
+            Some("warn") => {
+                fs::write("/dev/kmsg", "<4>WARNING: the guest was told to warn\n").expect("the kernel's log");
+                host.say("done", "0 0");
+            }
             _ => run_all(&mut host),
         }
     }
@@ -111,7 +115,13 @@ fn run_all(host: &mut Host) {
     let (mut passed, mut failed) = (0_u32, 0_u32);
     for program in sorted(SCENARIOS) {
         let file = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        for test in tests(&program) {
+        let listed = tests(&program).unwrap_or_else(|why| {
+            failed += 1;
+            show(host, &why);
+            host.say("fail", &format!("{file} does not list its scenarios"));
+            Vec::new()
+        });
+        for test in listed {
             let name = format!("{file} {test}");
             if !name.contains(&filter) {
                 continue;
@@ -143,12 +153,22 @@ fn run_all(host: &mut Host) {
     host.say("done", &format!("{passed} {failed}"));
 }
 
-/// The names of the tests in a program.
-fn tests(program: &Path) -> Vec<String> {
+/// The names of the tests in a program, one at least.
+fn tests(program: &Path) -> Result<Vec<String>, String> {
     let output = Command::new(program).args(["--list", "--format", "terse"]).output();
-    let text = output.map(|output| output.stdout).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
-    text.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect()
+    let output = output.map_err(|e| format!("start {}: {e}", program.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let names: Vec<String> =
+        text.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect();
+    if !output.status.success() || names.is_empty() {
+        return Err(format!(
+            "{} names {} tests and ends with {}",
+            program.display(),
+            names.len(),
+            output.status
+        ));
+    }
+    Ok(names)
 }
 
 /// Runs one test to its end or its limit.

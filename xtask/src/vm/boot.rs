@@ -68,7 +68,8 @@ impl Machine<'_> {
     /// Boots, and hands every line to `tell` as it comes.
     pub(crate) fn run(&self, mut tell: impl FnMut(&str)) -> Result<Run> {
         let console: PathBuf = self.image.with_extension("console");
-        let mut append = "console=ttyS0 panic=-1 oops=panic loglevel=4 watchdog_thresh=30".to_owned();
+        // Level 4 is that of the kernel's warnings (`__warn` in kernel/panic.c), and what is shown is below `loglevel`.
+        let mut append = "console=ttyS0 panic=-1 oops=panic loglevel=5 watchdog_thresh=30".to_owned();
         self.words.iter().for_each(|word| append.extend([" ", word.as_str()]));
         let qemu = tree::program("qemu-system-x86_64").context("no QEMU; run `cargo xtask setup`")?;
         let begun = Instant::now();
@@ -115,7 +116,7 @@ impl Machine<'_> {
             }
         };
         drop(guest);
-        let console = fs::read(&console).unwrap_or_default();
+        let console = fs::read(&console).with_context(|| format!("cannot read {}", console.display()))?;
         let console = String::from_utf8_lossy(&console).into_owned();
         Ok(Run { lines, console, killed, took: begun.elapsed() })
     }

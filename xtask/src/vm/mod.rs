@@ -227,11 +227,14 @@ fn accelerate(kernel: &Unpacked, image: &Path) -> Accelerator {
     Accelerator::Kvm
 }
 
-/// The controls: a guest that panics and one that hangs must be told from a good one, or no verdict means anything.
+/// The controls: a guest that panics, one whose kernel warns and one that hangs must be told from a good one, or no verdict
+/// means anything.
 fn controls(kernel: &Unpacked, image: &Path, accelerator: Accelerator) -> Result<()> {
-    for (mode, silence, wanted) in
-        [("panic", SILENCE, "Kernel panic"), ("hang", CONTROL_SILENCE, "silent for")]
-    {
+    for (mode, silence, wanted) in [
+        ("panic", SILENCE, "Kernel panic"),
+        ("warn", SILENCE, "WARNING: "),
+        ("hang", CONTROL_SILENCE, "silent for"),
+    ] {
         let words = [format!("weft.mode={mode}")];
         let machine =
             Machine { kernel: &kernel.image, image, accelerator, words: &words, silence, deadline: DEADLINE };

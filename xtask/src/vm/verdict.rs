@@ -18,8 +18,8 @@ const TROUBLE: &[&str] = &[
     "blocked for more than",
     "general protection fault",
     "double fault",
-    "detected stalls",
-    "WARNING: CPU",
+    "detected stall",
+    "WARNING: ",
 ];
 
 /// One line of the guest, understood.
@@ -148,7 +148,15 @@ mod tests {
     fn trouble_outweighs_passes() {
         let verdict = run(GOOD, "[ 1.0] watchdog: BUG: soft lockup - CPU#0 stuck\n", None);
         assert!(verdict.trouble[0].contains("soft lockup") && !verdict.good());
-        assert!(!run(GOOD, "Kernel panic - not syncing: sysrq", None).good());
+        for said in [
+            "Kernel panic - not syncing: sysrq",
+            "[ 9.1] rcu: INFO: rcu_sched self-detected stall on CPU",
+            "[ 9.1] rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:",
+            "[ 9.1] WARNING: CPU: 1 PID: 99 at net/core/skbuff.c:1 skb_x+0x1/0x2",
+            "[ 9.1] WARNING: net/core/skbuff.c:1 at skb_x+0x1/0x2, CPU#1: wt-load/99",
+        ] {
+            assert!(!run(GOOD, said, None).good(), "{said}");
+        }
     }
 
     #[test]

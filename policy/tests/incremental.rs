@@ -47,6 +47,8 @@ fn object() -> impl Strategy<Value = String> {
             "apiVersion: v1\nkind: Namespace\nmetadata: {name: prod}\n",
             "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: NAME}\nspec: {rulez: []}\n",
             "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: NAME, namespace: prod}\nspec: {podSelector: [}\n",
+            "apiVersion: policy/v1\nkind: PodDisruptionBudget\nmetadata: {name: NAME, namespace: prod}\nspec: {}\n",
+            "apiVersion: apps/v1\nkind: Pod\nmetadata: {name: NAME, namespace: prod}\n",
         ]),
     ]
 }

@@ -154,3 +154,26 @@ fn contested_and_unreadable_addresses_belong_to_nobody() {
     use weft_datapath::tables::Tables;
     assert!(tables.endpoint(&key).is_none() && tables.inside(&key));
 }
+
+#[test]
+fn every_line_break_counts() {
+    for breaks in ["\r", "\r\n"] {
+        let mut store = store();
+        let text = policy("deny", "{action: DENY, rules: [{}]}")
+            + "---\napiVersion: v1\nkind: ServiceAccount\nmetadata: {name: a}\n";
+        store.apply("p.yaml", &text.replace('\n', breaks));
+        assert_eq!(verdicts(&store), [D, D, A], "{breaks:?}");
+        assert_eq!(store.problems().count(), 0);
+    }
+}
+
+/// A wrong API group does not make a policy something to ignore.
+#[test]
+fn a_policy_in_a_wrong_group_refuses_what_it_would_select() {
+    for group in ["policy/v1", "apps/v1", "example.org/v1"] {
+        let mut store = store();
+        let text = policy("deny", "{action: DENY, rules: [{}]}").replace("security.istio.io/v1", group);
+        assert_eq!(store.apply("p.yaml", &text).len(), 1, "{group}");
+        assert_eq!(verdicts(&store), [D, D, A], "{group}");
+    }
+}

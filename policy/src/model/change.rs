@@ -10,6 +10,7 @@ use crate::error::ObjectRef;
 use crate::source::{AuthorizationPolicy, Object, Selector, Spec};
 use crate::store::{Changed, ObjectStore};
 use std::collections::{BTreeMap, BTreeSet};
+use std::mem::discriminant;
 use std::sync::Arc;
 
 /// Changes of more objects than this are resolved from nothing, which then costs less.
@@ -45,12 +46,19 @@ impl Model {
         }
         let mut change = Change::default();
         let mut services: BTreeSet<(Arc<str>, Arc<str>)> = BTreeSet::new();
+        let named =
+            |object: &Option<ObjectRef>| object.as_ref().is_some_and(|name| changed.objects.contains(name));
+        if store.broken().any(|broken| named(&broken.object)) {
+            return None;
+        }
         for name in &changed.objects {
-            let now = store.named(name).first();
-            if store.broken().any(|broken| broken.object.as_ref() == Some(name)) {
+            let (before, now) = (former.get(name), store.named(name).first());
+            // One name may have belonged to a kind of another API group, such as one that is ignored.
+            if let (Some(before), Some(now)) = (before, now)
+                && discriminant(&before.spec) != discriminant(&now.spec)
+            {
                 return None;
             }
-            let before = former.get(name);
             match before.or(now).map(|object| &object.spec)? {
                 Spec::Pod(_) => self.follow_pod(before, now, &mut change)?,
                 Spec::AuthorizationPolicy(_) => {

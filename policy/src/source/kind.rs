@@ -99,7 +99,7 @@ pub(super) fn treatment(version: &str, kind: &str) -> Treatment {
         _ if is_policy(&format!("{group}/"), kind) => Treatment::Unknown(format!(
             "{kind} is not enforceable yet; what it selects is refused, so remove it"
         )),
-        _ if IGNORED_GROUPS.contains(&group) => Treatment::Ignored,
+        _ if IGNORED_GROUPS.contains(&group) && !restricts(kind) => Treatment::Ignored,
         _ => Treatment::Unknown(format!("no kind {kind:?} is known in apiVersion \"{group}/{version}\"")),
     }
 }
@@ -111,8 +111,13 @@ pub(super) fn is_policy(version: &str, kind: &str) -> bool {
         "security.istio.io" | "cilium.io" | "policy.networking.k8s.io" => true,
         "networking.k8s.io" => kind.is_empty() || kind == "NetworkPolicy",
         "" if version.is_empty() => kind.ends_with("Policy") || kind.ends_with("Authentication"),
-        _ => false,
+        _ => restricts(kind),
     }
+}
+
+/// Is this the name of a policy, in whatever group? A wrong `apiVersion` must not make one go away.
+fn restricts(kind: &str) -> bool {
+    ["NetworkPolicy", "AuthorizationPolicy", "Authentication"].iter().any(|name| kind.ends_with(name))
 }
 
 pub(super) fn has_namespace(kind: &str) -> bool {

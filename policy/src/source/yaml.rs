@@ -59,9 +59,11 @@ pub(crate) struct SyntaxError {
 pub(crate) fn documents(text: &str) -> Vec<(u32, String)> {
     let mut found = Vec::new();
     let (mut start, mut current) = (1, String::new());
-    for (index, line) in text.trim_start_matches('\u{feff}').split('\n').enumerate() {
+    // A carriage return breaks a line too, alone or before a line feed (YAML 1.2.2 section 5.4).
+    let text = text.trim_start_matches('\u{feff}').replace("\r\n", "\n").replace('\r', "\n");
+    for (index, line) in text.split('\n').enumerate() {
         let marker = |mark: &str| {
-            line.strip_prefix(mark).filter(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r']))
+            line.strip_prefix(mark).filter(|rest| rest.is_empty() || rest.starts_with([' ', '\t']))
         };
         if let Some(rest) = marker("---") {
             close(&mut found, start, &mut current);
@@ -176,7 +178,9 @@ impl Tree {
             self.anchors.insert(anchor, (node.clone(), size));
         }
         let Some(open) = self.open.last_mut() else {
-            self.root = Some(node);
+            if self.root.replace(node).is_some() {
+                return Err("a second document without `---` before it".into());
+            }
             return Ok(());
         };
         match &mut open.node.value {

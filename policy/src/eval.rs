@@ -360,7 +360,11 @@ fn cilium_layer(
         (Match::Undecided, rule) => return http(rule),
         _ => {}
     }
-    let Some(first) = policies.iter().find(|named| named.policy.isolates(direction)) else {
+    let asks = |named: &&&Named<NetworkPolicy>| {
+        named.policy.rules.iter().any(|rule| rule.direction == direction && rule.asks_http(facts))
+    };
+    let isolating = policies.iter().find(|named| named.policy.isolates(direction));
+    let Some(first) = isolating.or_else(|| policies.iter().find(asks)) else {
         return allow(None, "no Cilium policy isolates the workload".into());
     };
     // Cilium's agent lets the local host reach its endpoints (option allow-localhost).

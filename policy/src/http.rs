@@ -170,6 +170,7 @@ fn network(model: &Model, flow: &Flow<'_>, subject: &Identity, peer: Peer<'_>, d
     let kubernetes = model.network(flow, subject, peer, direction, false);
     let policies = model.network_of(subject, |tier| *tier == Tier::Cilium);
     let (mut deny, mut allow) = (Vec::new(), Vec::new());
+    let mut asks = None;
     model.with_facts(flow, subject, peer, direction, |facts| {
         for named in &policies {
             for own in named.policy.rules.iter().filter(|rule| rule.direction == direction) {
@@ -179,6 +180,7 @@ fn network(model: &Model, flow: &Flow<'_>, subject: &Identity, peer: Peer<'_>, d
                 if connection == Match::No {
                     continue;
                 }
+                asks = asks.or(own.asks_http(facts).then_some(named));
                 let asked = match own.http.is_empty() {
                     true => Condition::Known(Match::Yes),
                     false => any(own.http.iter().map(HttpTest::condition)),
@@ -188,7 +190,7 @@ fn network(model: &Model, flow: &Flow<'_>, subject: &Identity, peer: Peer<'_>, d
             }
         }
     });
-    let isolating = policies.iter().find(|named| named.policy.isolates(direction));
+    let isolating = policies.iter().find(|named| named.policy.isolates(direction)).or(asks);
     let free = peer == Peer::Node && direction == Direction::Ingress;
     let otherwise = match isolating.filter(|_| !free) {
         Some(named) => (Verdict::Deny, Some(RuleRef::whole(&named.object, RuleAction::NoneAllowed))),

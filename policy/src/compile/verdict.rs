@@ -157,16 +157,21 @@ impl Profile {
     }
 
     fn cilium(&self, model: &Model, point: &Point<'_>) -> Entry {
-        let mut isolated = None;
+        let (mut isolated, mut asks) = (None, None);
         let (mut allowed, mut denied) = ((Match::No, None), (Match::No, None));
         let policies = self.policies().filter(|(_, policy)| policy.tier == Tier::Cilium);
         for (object, policy) in policies {
             if policy.isolates(self.direction()) {
                 isolated = isolated.or(Some(object));
             }
+            let mut rules = self.rules(policy);
+            if rules.any(|rule| self.with_facts(model, point, |facts| rule.asks_http(facts))) {
+                asks = asks.or(Some(object));
+            }
             self.better(model, point, object, policy, RuleVerdict::Allow, &mut allowed);
             self.better(model, point, object, policy, RuleVerdict::Deny, &mut denied);
         }
+        let isolated = isolated.or(asks);
         match (denied.0, isolated) {
             (Match::Yes, _) => (DENY, denied.1),
             (Match::Undecided, _) => (HTTP, denied.1),
@@ -203,7 +208,11 @@ impl Profile {
     }
 
     fn matches(&self, model: &Model, rule: &NetworkRule, point: &Point<'_>) -> Match {
-        let facts = NetworkFacts {
+        self.with_facts(model, point, |facts| rule.matches(facts))
+    }
+
+    fn with_facts<T>(&self, model: &Model, point: &Point<'_>, ask: impl FnOnce(&NetworkFacts<'_>) -> T) -> T {
+        ask(&NetworkFacts {
             peer: point.peer,
             address_in: &|range| point.within(range),
             namespaces: &model.namespaces,
@@ -215,8 +224,7 @@ impl Profile {
             },
             port_named: &|name| self.named(model, name, point),
             request: None,
-        };
-        rule.matches(&facts)
+        })
     }
 
     /// Every port that has a name is looked at by itself.

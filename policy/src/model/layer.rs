@@ -277,6 +277,14 @@ impl NetworkRule {
         self.matches_connection(facts).min(http)
     }
 
+    /// Does it want HTTP to be asked about this connection? Then what it allows is all that is allowed there, whether the policy
+    /// isolates or not ("EnableDefaultDeny does not apply to layer-7 policy": Cilium, Policy Enforcement Modes).
+    pub(crate) fn asks_http(&self, facts: &NetworkFacts<'_>) -> bool {
+        self.action == RuleVerdict::Allow
+            && !self.http.is_empty()
+            && self.matches_connection(facts) != Match::No
+    }
+
     /// Does it match, as far as HTTP is not asked?
     pub(crate) fn matches_connection(&self, facts: &NetworkFacts<'_>) -> Match {
         let peers = self.peers.iter().map(|peer| peer.matches(facts)).max().unwrap_or(Match::No);

@@ -330,7 +330,8 @@ pub(crate) fn cilium_policy() -> impl Strategy<Value = String> {
     let allow = (list("ingress", "from", false), list("egress", "to", false));
     let deny = (list("ingressDeny", "from", true), list("egressDeny", "to", true));
     let wide = any::<bool>();
-    (namespace(), label_selector(), allow, deny, wide).prop_map(|(namespace, pods, allow, deny, wide)| {
+    let open = prop::bool::weighted(0.2);
+    (namespace(), label_selector(), allow, deny, wide, open).prop_map(|(namespace, pods, allow, deny, wide, open)| {
         let (kind, namespace) = if wide {
             ("CiliumClusterwideNetworkPolicy", String::new())
         } else {
@@ -340,6 +341,8 @@ pub(crate) fn cilium_policy() -> impl Strategy<Value = String> {
         let mut rules = format!("{ingress}{egress}{ingress_deny}{egress_deny}");
         if rules.is_empty() {
             rules = ", ingress: []".into();
+        } else if open {
+            rules += ", enableDefaultDeny: {ingress: false, egress: false}";
         }
         format!("apiVersion: cilium.io/v2\nkind: {kind}\nmetadata: {{name: NAME{namespace}}}\nspec: {{endpointSelector: {pods}{rules}}}\n")
     })

@@ -55,6 +55,10 @@ pub enum RequestTest {
     Header(String, Pattern),
 }
 
+/// Claims whose text is a list with spaces between, as RFC 8693 section 4.2 has it of the first
+/// (istio:pilot/pkg/security/authn/policy_applier.go).
+const SPACED: &[&str] = &["scope", "permission"];
+
 impl RequestTest {
     pub fn matches(&self, request: &Request) -> bool {
         let claim = |name: &str| request.claims.as_ref().and_then(|claims| claims.get(name));
@@ -62,6 +66,9 @@ impl RequestTest {
             claim.is_some_and(|claim| claim.texts().iter().any(|text| pattern.matches(text)))
         };
         match self {
+            // Of hosts and headers `*` asks whether they are there, with a value or not
+            // (istio:pilot/pkg/security/authz/matcher/header.go).
+            RequestTest::Host(Pattern::Present) => true,
             RequestTest::Host(pattern) => pattern.matches(&request.host.to_ascii_lowercase()),
             RequestTest::Method(pattern) => pattern.matches(&request.method),
             RequestTest::ServerName(_) => false,
@@ -84,8 +91,15 @@ impl RequestTest {
                         _ => None,
                     };
                 }
-                any(claims.and_then(|claims| claims.get(last)), pattern)
+                let claim = claims.and_then(|claims| claims.get(last));
+                match claim {
+                    Some(Claim::Text(text)) if outer.is_empty() && SPACED.contains(&last.as_str()) => {
+                        text.split(' ').any(|word| pattern.matches(word))
+                    }
+                    _ => any(claim, pattern),
+                }
             }
+            RequestTest::Header(name, Pattern::Present) => request.header(name).is_some(),
             RequestTest::Header(name, pattern) => {
                 request.header(name).is_some_and(|value| pattern.matches(&value))
             }
@@ -109,8 +123,15 @@ impl Request {
         self.path.split(['?', '#']).next().unwrap_or_default()
     }
 
-    /// All values of a header, joined.
+    /// All values of a header, joined. As in Envoy, which Istio's rules are written for, the request line is among them and
+    /// `host` is the authority.
     pub(crate) fn header(&self, name: &str) -> Option<String> {
+        match name.to_ascii_lowercase().as_str() {
+            ":method" => return Some(self.method.clone()),
+            ":path" => return Some(self.path.clone()),
+            ":authority" | "host" => return Some(self.host.clone()),
+            _ => {}
+        }
         let own = self.headers.iter().filter(|(own, _)| own.eq_ignore_ascii_case(name));
         let values: Vec<&str> = own.map(|(_, value)| value.as_str()).collect();
         (!values.is_empty()).then(|| values.join(","))
@@ -187,6 +208,8 @@ const MAX_EXPRESSION: usize = 1 << 20;
 
 /// The expression, for whole texts; linear in time, as RE2 is, which Cilium's and Istio's proxies use.
 pub(crate) fn anchored(expression: &str) -> Result<Regex, regex::Error> {
+    // By itself it must be one too: `a)|(?:b` would close the group that is put around it.
+    RegexBuilder::new(expression).size_limit(MAX_EXPRESSION).build()?;
     RegexBuilder::new(&format!("^(?:{expression})$")).size_limit(MAX_EXPRESSION).build()
 }
 
@@ -211,6 +234,12 @@ mod tests {
         for bad in ["/{**}/{*}", "/{**}/{**}", "/a{*}", "/{*}b", "/{a}/{*}", "/*/{*}"] {
             assert!(PathTemplate::new(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn an_expression_is_one_by_itself() {
+        assert!(anchored("/public)|(?:.*").is_err());
+        assert!(anchored("/public|/own").is_ok_and(|own| own.is_match("/own") && !own.is_match("/own/x")));
     }
 
     #[test]

@@ -272,6 +272,19 @@ fn condition(meta: &Meta, at: &At<'_>, out: &mut Findings) -> Alternative {
     let claim = |at: &At<'_>, out: &mut Findings| {
         text(at, |pattern| RequestTest::Claim(names.clone().unwrap_or_default(), pattern), out)
     };
+    const REQUEST_LINE: &[&str] = &[":method", ":path", ":authority"];
+    if let (Some(name), Some(at)) = (&header, &key_at)
+        && name.starts_with(':')
+        && !REQUEST_LINE.contains(&name.to_ascii_lowercase().as_str())
+    {
+        out.error(
+            at,
+            format!(
+                "no request has a header {name:?}; of those with a colon there are {}",
+                REQUEST_LINE.join(", ")
+            ),
+        );
+    }
     let of_header = |at: &At<'_>, out: &mut Findings| {
         text(at, |pattern| RequestTest::Header(header.clone().unwrap_or_default(), pattern), out)
     };

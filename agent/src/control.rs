@@ -18,7 +18,7 @@ use crate::kernel::enrol::Enrolled;
 use crate::kernel::numbers::Numbers;
 use crate::kernel::state::{Desired, State};
 use crate::kernel::{Kernel, Result};
-use crate::manifests::files::Files;
+use crate::manifests::files::{Files, is_gone};
 use crate::observe::recorder::Recorder;
 use crate::observe::tables::ProblemRow;
 use crate::proxy::{Registry, View};
@@ -148,13 +148,8 @@ impl Control {
     /// Feeds the files that changed to the store; false when none did. One that cannot be read keeps its objects.
     fn take(&mut self, files: Files) -> bool {
         let mut changed = false;
-        let gone: Vec<String> = self
-            .engine
-            .store()
-            .files()
-            .filter(|name| !files.contains_key(*name))
-            .map(str::to_owned)
-            .collect();
+        let known = self.engine.store().files();
+        let gone: Vec<String> = known.filter(|name| is_gone(&files, name)).map(str::to_owned).collect();
         for name in gone {
             self.engine.remove(&name);
             self.texts.remove(&name);

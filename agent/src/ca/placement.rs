@@ -86,7 +86,7 @@ impl Manifests {
 
     fn take(&mut self, files: Files) {
         let gone: Vec<String> =
-            self.texts.keys().filter(|name| !files.contains_key(*name)).cloned().collect();
+            self.texts.keys().filter(|name| files::is_gone(&files, name)).cloned().collect();
         for name in gone {
             self.store.remove(&name);
             self.texts.remove(&name);

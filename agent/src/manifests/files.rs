@@ -12,8 +12,13 @@ pub const MAX_FILES: usize = 100_000;
 /// Directories below the given one are read to this depth.
 const MAX_DEPTH: usize = 8;
 
-/// Manifests by path relative to the directory: text, or why there is none.
+/// Manifests by path relative to the directory: text, or why there is none. A directory that is not read is one entry.
 pub type Files = BTreeMap<String, Result<String, String>>;
+
+/// Is a file that was read before gone? Not if it cannot be read now, or a directory around it.
+pub fn is_gone(files: &Files, name: &str) -> bool {
+    !Path::new(name).ancestors().any(|path| files.contains_key(&*path.to_string_lossy()))
+}
 
 /// What a walk found.
 #[derive(Debug, Default)]
@@ -22,13 +27,17 @@ pub struct Listing {
     pub files: Vec<PathBuf>,
     /// The directory and those below it.
     pub directories: Vec<PathBuf>,
+    /// What may hold manifests and is not read, and why.
+    pub unread: BTreeMap<PathBuf, String>,
 }
 
 /// Reads every manifest below `dir`. A file that cannot be read is an entry with the reason; only a directory that
 /// cannot be listed at all is an error.
 pub fn read(dir: &Path) -> io::Result<(Files, Vec<PathBuf>)> {
     let listing = list(dir)?;
-    let mut files = Files::new();
+    let unread = listing.unread.into_iter();
+    let mut files: Files =
+        unread.map(|(path, why)| (path.to_string_lossy().into_owned(), Err(why))).collect();
     for (index, path) in listing.files.iter().enumerate() {
         let name = path.to_string_lossy().into_owned();
         if index >= MAX_FILES {
@@ -56,20 +65,46 @@ pub fn list(dir: &Path) -> io::Result<Listing> {
         let entries = match fs::read_dir(dir.join(&relative)) {
             Ok(entries) => entries,
             Err(error) if relative.as_os_str().is_empty() => return Err(error),
-            Err(_) => continue,
+            // Gone since its name was read: the same as never seen.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => {
+                listing.unread.insert(relative, format!("cannot be listed: {error}"));
+                continue;
+            }
         };
         listing.directories.push(dir.join(&relative));
-        for entry in entries.flatten() {
+        for entry in entries {
+            let entry = match entry {
+                Ok(entry) => entry,
+                Err(error) if relative.as_os_str().is_empty() => return Err(error),
+                Err(error) => {
+                    listing.unread.insert(relative.clone(), format!("cannot be listed: {error}"));
+                    break;
+                }
+            };
             let name = entry.file_name();
             if name.to_string_lossy().starts_with('.') {
                 continue;
             }
             let path = relative.join(&name);
-            match entry.file_type() {
-                Ok(kind) if kind.is_dir() && depth < MAX_DEPTH => pending.push((path, depth + 1)),
-                Ok(kind) if !kind.is_dir() && is_manifest(&path) => listing.files.push(path),
-                _ => {}
-            }
+            let unread = match entry.file_type() {
+                Ok(kind) if kind.is_dir() && depth < MAX_DEPTH => {
+                    pending.push((path, depth + 1));
+                    continue;
+                }
+                Ok(kind) if kind.is_dir() => format!("not read: more than {MAX_DEPTH} directories deep"),
+                // Links to directories may lead round in circles.
+                Ok(kind) if kind.is_symlink() && entry.path().is_dir() => {
+                    "not read: a link to a directory; put the directory here, or name it to weft".to_owned()
+                }
+                Ok(_) if is_manifest(&path) => {
+                    listing.files.push(path);
+                    continue;
+                }
+                Ok(_) => continue,
+                Err(error) => format!("cannot be read: {error}"),
+            };
+            listing.unread.insert(path, unread);
         }
     }
     listing.files.sort();
@@ -120,5 +155,24 @@ mod tests {
         assert!(files["bad.yaml"].is_err());
         assert_eq!(directories.len(), 2);
         assert!(read(&dir.path().join("missing")).is_err());
+    }
+
+    #[test]
+    fn a_directory_that_is_not_read_is_told() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let deep: PathBuf = std::iter::repeat_n("d", MAX_DEPTH + 1).collect();
+        fs::create_dir_all(dir.path().join(&deep)).expect("made");
+        fs::write(dir.path().join(&deep).join("policy.yaml"), "a").expect("written");
+        std::os::unix::fs::symlink("d", dir.path().join("linked")).expect("linked");
+        let (files, _) = read(dir.path()).expect("the directory is there");
+        assert_eq!(files.keys().map(Path::new).collect::<Vec<_>>(), [&*deep, Path::new("linked")]);
+        assert!(files.values().all(|file| file.as_ref().is_err_and(|why| why.starts_with("not read: "))));
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_not_gone() {
+        let files = Files::from([("more".to_owned(), Err("cannot be listed".to_owned()))]);
+        assert!(!is_gone(&files, "more/a.yaml") && !is_gone(&files, "more"));
+        assert!(is_gone(&files, "more.yaml") && is_gone(&files, "a/more/b.yaml"));
     }
 }

@@ -72,6 +72,37 @@ fn http_that_nothing_can_see_yet_is_a_warning() {
 }
 
 #[test]
+fn what_cannot_see_pods_outside_the_mesh_is_a_warning() {
+    let policy = |name: &str, rules: &str| {
+        format!(
+            "---\napiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {{name: {name}}}\nspec: {{endpointSelector: {{}}, \
+             {rules}}}\n"
+        )
+    };
+    let text = "apiVersion: v1\nkind: Pod\nmetadata: {name: out, labels: {istio.io/dataplane-mode: none, app: x}}\nstatus: \
+                {podIP: 10.0.0.1}\n"
+        .to_owned()
+        + &policy("a", "ingressDeny: [{fromEndpoints: [{matchLabels: {app: y}}]}, {fromEndpoints: [{matchLabels: {app: x}}]}]")
+        + &policy("b", "egress: [{toEntities: [world]}]")
+        + &policy("c", "ingress: [{fromEndpoints: [{}]}], egressDeny: [{toEntities: [world]}]");
+    let mut store = ObjectStore::new();
+    store.apply("f.yaml", &text);
+    let problems = store.check(Settings::default());
+    let why = |object: &str, what: &str| {
+        format!(
+            "CiliumNetworkPolicy default/{object}: {what} default/out: a pod with the label istio.io/dataplane-mode: none is an \
+             address outside to weft, without labels; remove that label, or write a range of addresses"
+        )
+    };
+    let told: Vec<String> = problems
+        .iter()
+        .filter(|problem| problem.field == "spec" && problem.message.contains("dataplane-mode"))
+        .map(|problem| format!("{}: {}", problem.object.as_ref().unwrap(), problem.message))
+        .collect();
+    assert_eq!(told, [why("a", "ingressDeny[1] does not hold for"), why("b", "egress[0] holds for")]);
+}
+
+#[test]
 fn two_policies_of_one_priority_are_a_warning() {
     let policy = |kind: &str, name: &str, version: &str, tier: &str| {
         format!(

@@ -330,3 +330,21 @@ fn services_that_claim_one_address_and_policies_that_tear_an_identity() {
         ],
     );
 }
+
+#[test]
+fn the_younger_of_two_modes_of_the_same_workloads_is_told() {
+    let policy = |name: &str, spec: &str| {
+        format!(
+            "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: {name}}}\nspec: {spec}\n---\n"
+        )
+    };
+    says(
+        &(policy("a", "{mtls: {mode: PERMISSIVE}}")
+            + &policy("b", "{mtls: {mode: STRICT}}")
+            + &policy("c", "{selector: {matchLabels: {app: x}}, mtls: {mode: STRICT}}")),
+        &[
+            "f.yaml:6: warning: document 2, PeerAuthentication default/b, spec: never counts: PeerAuthentication default/a selects \
+           the same and goes first, by age and then by name",
+        ],
+    );
+}

@@ -1,7 +1,7 @@
 //! What reads well and still will not do what its author wants.
 
-use super::layer::Tier;
-use super::{Cidr, Identity, Model, Pods};
+use super::layer::{NetworkRule, PeerMatch, RuleVerdict, Tier};
+use super::{Cidr, Identity, Model, Pods, Workload};
 use crate::error::Severity;
 use crate::source::rule::Test;
 use crate::source::{AuthorizationPolicy, Object, Spec};
@@ -15,6 +15,8 @@ impl Model {
         self.problems.truncate(self.structural);
         let mut claims: BTreeMap<(IpAddr, u16, u8), &Object> = BTreeMap::new();
         let mut tiers: BTreeMap<Tier, &Object> = BTreeMap::new();
+        let outside: Vec<Arc<Workload>> =
+            self.workloads.iter().filter(|own| !own.enrolled && !own.host_network).cloned().collect();
         for object in objects {
             let mut found = Vec::new();
             let namespace = &object.meta.object.namespace;
@@ -30,11 +32,21 @@ impl Model {
                 Spec::RequestAuthentication(policy) if !policy.rules.is_empty() => {
                     found.push(("spec.jwtRules", NEEDS_HTTP.into()));
                 }
+                Spec::PeerAuthentication(policy) => {
+                    let mut same = self.authentication.get(namespace).into_iter().flatten();
+                    let oldest = same.find(|named| named.policy.selector == policy.selector);
+                    if let Some(oldest) = oldest.filter(|named| named.object != object.meta.object) {
+                        let message =
+                            format!("never counts: {} selects the same and goes first, by age and then by name", oldest.object);
+                        found.push(("spec", message));
+                    }
+                }
                 Spec::Network(policies) => {
                     let rules = policies.iter().flat_map(|policy| &policy.rules);
-                    if rules.into_iter().any(|rule| !rule.http.is_empty()) {
+                    if rules.clone().any(|rule| !rule.http.is_empty()) {
                         found.push(("spec", NEEDS_HTTP.into()));
                     }
+                    found.extend(rules.clone().find_map(|rule| self.check_outside(rule, &outside)));
                     for tier in policies.iter().map(|policy| policy.tier).filter(Tier::has_priority) {
                         let first = tiers.entry(tier).or_insert(object);
                         if first.meta.object != object.meta.object {
@@ -66,6 +78,26 @@ impl Model {
                 self.problem(object, Severity::Warning, field, message);
             }
         }
+    }
+
+    /// Kubernetes and Cilium know labels of every pod; weft, those of its mesh. Where that makes a rule allow more, it is told.
+    fn check_outside(&self, rule: &NetworkRule, outside: &[Arc<Workload>]) -> Option<(&'static str, String)> {
+        let (pod, why) = rule.peers.iter().find_map(|peer| {
+            let of_pod = |pod: &&Arc<Workload>| match (peer, rule.action) {
+                (PeerMatch::Pods(pods), RuleVerdict::Deny) => pods.selects(&self.namespaces, &pod.identity),
+                (PeerMatch::Cluster, RuleVerdict::Deny) | (PeerMatch::World, RuleVerdict::Allow) => true,
+                _ => false,
+            };
+            let pod = outside.iter().find(of_pod)?;
+            Some((pod, if rule.action == RuleVerdict::Deny { "does not hold for" } else { "holds for" }))
+        })?;
+        let (list, index) = (rule.list.name(), rule.index);
+        let Workload { namespace, name, .. } = &**pod;
+        let message = format!(
+            "{list}[{index}] {why} {namespace}/{name}: a pod with the label istio.io/dataplane-mode: none is an address outside \
+             to weft, without labels; remove that label, or write a range of addresses"
+        );
+        Some(("spec", message))
     }
 
     fn check_policy(

@@ -5,8 +5,9 @@
 //! ranges, and "any other". Subjects that the same policies, modes and probes concern share the work. A row that most
 //! peers share is written once, for [`weft_datapath::identity::ANY`]; inside a row only what differs from a wider cell.
 //!
-//! A subject has at most `1 + P` entries (P: ports, pieces and protocols that its policies name) for each of: any peer, each
-//! peer that is not treated as most are, and each class of addresses inside a range that its policies name.
+//! In each direction a subject has at most `(1 + peers) * (1 + classes)` rows (peers: those that are not treated as most are;
+//! classes: of addresses inside a range that its policies name), written only where they differ from the next wider one, and in
+//! a row at most `1 + protocols * (1 + pieces)` entries and one for each protocol and port that is named, with the same reserve.
 //!
 //! A peer number that is not in the model gets the row of any peer; the agent publishes tables before it enrols.
 //!

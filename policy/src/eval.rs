@@ -152,13 +152,8 @@ impl Model {
 
     /// Istio's layer.
     fn authorize(&self, flow: &Flow<'_>, destination: &Identity) -> Decision {
-        let source = match flow.source {
-            Peer::Workload(identity) => Some(&identity.spiffe),
-            Peer::Certified(id) => Some(id),
-            Peer::Anonymous | Peer::Node => None,
-        };
         let facts = Facts {
-            source,
+            source: flow.source.spiffe(),
             trust_domain: &self.settings.trust_domain,
             source_in: &|cidr| cidr.contains(flow.source_addr),
             destination: match flow.request {
@@ -313,15 +308,20 @@ impl Model {
     }
 }
 
-/// The first decision that denies, else the first that needs HTTP, else the first that a rule allows.
-fn first<const N: usize>(layers: [Decision; N]) -> Decision {
-    let rank = |decision: &Decision| match (decision.verdict, &decision.rule) {
+/// The verdict of several layers is that of the least rank.
+pub(crate) fn rank(verdict: Verdict, rule: Option<&RuleRef>) -> u32 {
+    match (verdict, rule) {
         (Verdict::Deny, _) => 0,
         (Verdict::Http, _) => 1,
         (Verdict::Allow, Some(_)) => 2,
         (Verdict::Allow, None) => 3,
-    };
+    }
+}
+
+/// The first decision that denies, else the first that needs HTTP, else the first that a rule allows.
+fn first<const N: usize>(layers: [Decision; N]) -> Decision {
     // Of equals the first (Iterator::min_by_key).
+    let rank = |decision: &Decision| rank(decision.verdict, decision.rule.as_ref());
     layers.into_iter().min_by_key(rank).unwrap_or_else(|| allow(None, "nothing refuses it".into()))
 }
 

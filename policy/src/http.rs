@@ -6,7 +6,7 @@
 //! [`Model::eval`] (tests/http.rs).
 
 use crate::error::ObjectRef;
-use crate::eval::{Flow, TCP, Verdict};
+use crate::eval::{Flow, TCP, Verdict, rank};
 use crate::model::layer::{HttpMatch, Peer, RuleVerdict, Tier};
 use crate::model::{Direction, Identity, Model};
 use crate::request::{Request, RequestTest, anchored};
@@ -93,14 +93,8 @@ impl HttpRules {
 
 /// The first that denies, else the first that cannot tell, else the first that a rule allows.
 fn side(layers: &Side, request: Option<&Request>) -> Answer {
-    let rank = |answer: &Answer| match answer {
-        (Verdict::Deny, _) => 0,
-        (Verdict::Http, _) => 1,
-        (Verdict::Allow, Some(_)) => 2,
-        (Verdict::Allow, None) => 3,
-    };
     let answers = layers.iter().map(|layer| layer.answer(request));
-    answers.min_by_key(rank).unwrap_or((Verdict::Allow, None))
+    answers.min_by_key(|(verdict, rule)| rank(*verdict, rule.as_ref())).unwrap_or((Verdict::Allow, None))
 }
 
 fn egress(model: &Model, flow: &Flow<'_>) -> Side {
@@ -129,13 +123,8 @@ fn ingress(model: &Model, flow: &Flow<'_>) -> Side {
 
 /// Istio's layer.
 fn authorization(model: &Model, flow: &Flow<'_>, destination: &Identity) -> Layer {
-    let source = match flow.source {
-        Peer::Workload(identity) => Some(&identity.spiffe),
-        Peer::Certified(id) => Some(id),
-        Peer::Anonymous | Peer::Node => None,
-    };
     let facts = Facts {
-        source,
+        source: flow.source.spiffe(),
         trust_domain: &model.settings.trust_domain,
         source_in: &|cidr| cidr.contains(flow.source_addr),
         destination: std::slice::from_ref(&flow.destination_addr),

@@ -1,5 +1,7 @@
 //! The tables while they change, and what became different in the end.
 
+use super::rules::RuleNumbers;
+use super::subjects::{self, Subjects};
 use crate::tables::{Diff, RuleRef, ServiceEntry, Tables, TablesDiff, diff};
 use std::collections::BTreeMap;
 use weft_datapath::abi::{Addr, Endpoint, ModeKey, PolicyKey, PolicyValue, ServiceKey, Subject, SubjectKey};
@@ -57,6 +59,25 @@ pub(super) struct Changing {
 }
 
 impl Changing {
+    /// Writes what the tables hold of a subject, or takes it away.
+    pub(super) fn subject(
+        &mut self,
+        tables: &mut Tables,
+        subjects: &Subjects,
+        rules: &RuleNumbers,
+        subject: u32,
+        present: bool,
+    ) {
+        let Some((value, modes)) = subjects.subject(subject) else { return };
+        self.subjects.put(&mut tables.subjects, subjects::key(subject), present.then_some(value));
+        for (key, mode) in modes {
+            self.modes.put(&mut tables.modes, key, present.then_some(mode));
+        }
+        for (key, value) in subjects.entries(subject, rules) {
+            self.policies.put(&mut tables.policies, key, present.then_some(value));
+        }
+    }
+
     pub(super) fn end(self, tables: &Tables) -> TablesDiff {
         TablesDiff {
             subjects: self.subjects.end(&tables.subjects),

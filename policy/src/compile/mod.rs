@@ -172,12 +172,7 @@ impl Compiler {
             stale.iter().flat_map(|profile| subjects.subjects(*profile)).collect();
         rewritten.extend(moved.keys());
         for subject in &rewritten {
-            let Some((_, modes)) = subjects.subject(*subject) else { continue };
-            log.subjects.put(&mut tables.subjects, subjects::key(*subject), None);
-            modes.into_keys().for_each(|key| log.modes.put(&mut tables.modes, key, None));
-            for (key, _) in subjects.entries(*subject, rules) {
-                log.policies.put(&mut tables.policies, key, None);
-            }
+            log.subject(tables, subjects, rules, *subject, false);
         }
         let mut left: BTreeSet<u32> = BTreeSet::new();
         for (subject, sides) in moved {
@@ -195,12 +190,7 @@ impl Compiler {
             rules.drop(&rule_set, |number| log.rules.put(&mut tables.rules, number, None))?;
         }
         for subject in rewritten {
-            let Some((value, modes)) = subjects.subject(subject) else { continue };
-            log.subjects.put(&mut tables.subjects, subjects::key(subject), Some(value));
-            modes.into_iter().for_each(|(key, mode)| log.modes.put(&mut tables.modes, key, Some(mode)));
-            for (key, value) in subjects.entries(subject, rules) {
-                log.policies.put(&mut tables.policies, key, Some(value));
-            }
+            log.subject(tables, subjects, rules, subject, true);
         }
         self.follow_places(change, &mut log)?;
         Ok(log.end(&self.tables))

@@ -1,7 +1,7 @@
 //! The rows of one profile: which verdict for which peers, classes of addresses, protocols and ports.
 
 use super::classes::Classes;
-use super::peers::{Group, Numbers, Peers, Trait};
+use super::peers::{Group, Members, Peers, Trait};
 use super::profile::{Profile, long};
 use super::verdict::{Entry, Point};
 use super::{LISTED, PortSet};
@@ -59,7 +59,7 @@ pub(super) fn rows(
     };
     let mut list = Vec::new();
     let base: Vec<Arc<Row>> = groups.iter().map(|group| row(group, None)).collect();
-    let rest = groups.iter().position(|group| matches!(group.numbers, Numbers::AllBut(_)));
+    let rest = groups.iter().position(|group| matches!(group.numbers, Members::AllBut(_)));
     let (any, mut lead) = heaviest(groups.iter().zip(&base), peers);
     let mut rest_follows = rest.is_some_and(|rest| base[rest] == any);
     for (group, row) in groups.iter().zip(&base).filter(|(_, row)| **row != any) {

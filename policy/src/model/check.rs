@@ -36,8 +36,10 @@ impl Model {
                     let mut same = self.authentication.get(namespace).into_iter().flatten();
                     let oldest = same.find(|named| named.policy.selector == policy.selector);
                     if let Some(oldest) = oldest.filter(|named| named.object != object.meta.object) {
-                        let message =
-                            format!("never counts: {} selects the same and goes first, by age and then by name", oldest.object);
+                        let message = format!(
+                            "never counts: {} selects the same and goes first, by age and then by name",
+                            oldest.object
+                        );
                         found.push(("spec", message));
                     }
                 }

@@ -228,6 +228,17 @@ pub enum Peer<'a> {
     Certified(&'a SpiffeId),
 }
 
+impl<'a> Peer<'a> {
+    /// As whom it is proven.
+    pub(crate) fn spiffe(self) -> Option<&'a SpiffeId> {
+        match self {
+            Peer::Workload(identity) => Some(&identity.spiffe),
+            Peer::Certified(id) => Some(id),
+            Peer::Anonymous | Peer::Node => None,
+        }
+    }
+}
+
 /// What a rule may ask about a flow.
 pub struct NetworkFacts<'a> {
     pub peer: Peer<'a>,

@@ -1,47 +1,10 @@
 //! Each object is whole, or keeps its former version, or refuses what it would have selected.
 
-use weft_policy::{Flow, Model, ObjectStore, Peer, Settings, Verdict};
+mod mesh;
 
-fn pod(namespace: &str, app: &str, addr: &str) -> String {
-    format!(
-        "apiVersion: v1\nkind: Pod\nmetadata: {{name: {app}, namespace: {namespace}, labels: {{app: {app}}}}}\n\
-         status: {{podIP: {addr}}}\n---\n"
-    )
-}
-
-fn store() -> ObjectStore {
-    let mut store = ObjectStore::new();
-    store.apply(
-        "pods.yaml",
-        &(pod("default", "web", "10.0.0.1")
-            + &pod("default", "db", "10.0.0.2")
-            + &pod("prod", "api", "10.0.1.1")),
-    );
-    store
-}
-
-fn policy(name: &str, spec: &str) -> String {
-    format!(
-        "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: {name}}}\nspec: {spec}\n"
-    )
-}
-
-fn verdict(model: &Model, namespace: &str, name: &str, port: u16) -> Verdict {
-    let workload = model.workload(namespace, name).unwrap();
-    let (destination, destination_addr) = (Peer::Workload(&workload.identity), workload.addresses[0]);
-    let (source, source_addr) = (Peer::Anonymous, "10.9.9.9".parse().unwrap());
-    model
-        .eval(&Flow { source, source_addr, destination, destination_addr, protocol: 6, port, request: None })
-        .verdict
-}
-
-/// Verdicts for default/web, default/db and prod/api at port 80.
-fn verdicts(store: &ObjectStore) -> [Verdict; 3] {
-    let model = store.model(Settings::default());
-    [("default", "web"), ("default", "db"), ("prod", "api")].map(|(ns, name)| verdict(&model, ns, name, 80))
-}
-
-use Verdict::{Allow as A, Deny as D};
+use mesh::{pod, policy, store, verdict, verdicts};
+use weft_policy::Settings;
+use weft_policy::Verdict::{Allow as A, Deny as D};
 
 #[test]
 fn a_broken_object_keeps_its_former_version_and_others_go_on() {

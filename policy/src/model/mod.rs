@@ -2,6 +2,7 @@
 //!
 //! Which policies select a workload is decided here and nowhere else; [`crate::eval`] and [`crate::compile()`] both ask.
 
+mod blocked;
 mod build;
 mod change;
 mod check;

@@ -5,7 +5,7 @@
 
 use crate::error::{ObjectRef, Origin, Problem, Severity};
 use crate::model::{Model, Settings};
-use crate::source::{self, Broken, Object, Outcome};
+use crate::source::{self, Broken, Object, Outcome, Reach, Spec};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -64,14 +64,18 @@ impl ObjectStore {
                 },
             }
         }
-        for broken in unnamed {
-            if former.is_empty() {
-                next.broken.push(broken);
-                continue;
+        // One that cannot be told apart may be any that is left, so all of them stay. What is none of them is new, and
+        // refuses what it would have selected.
+        let mut left: Vec<&Arc<Object>> = former.values().collect();
+        for broken in &unnamed {
+            match left.iter().position(|object| may_be(broken, object)) {
+                Some(at) if broken.refuses() => drop(left.swap_remove(at)),
+                Some(_) => {}
+                None => next.broken.push(broken.clone()),
             }
-            for (_, object) in std::mem::take(&mut former) {
-                next.keep(object, broken.origin.clone());
-            }
+        }
+        if let Some(broken) = unnamed.first() {
+            former.values().for_each(|object| next.keep(object.clone(), broken.origin.clone()));
         }
         self.note(&before, &next);
         &self.files.entry(file.to_owned()).insert_entry(next).into_mut().problems
@@ -156,6 +160,18 @@ impl ObjectStore {
         let model = self.model(settings);
         Problem::in_order(self.problems().chain(model.problems()))
     }
+}
+
+/// Can a document without a readable name be a later version of this object? Only what would be refused is asked.
+fn may_be(broken: &Broken, object: &Object) -> bool {
+    let Object { meta, spec } = object;
+    if let Some(Reach { namespace, .. }) = &broken.policy {
+        let clusterwide = meta.object.namespace.is_empty();
+        let here =
+            namespace.as_ref().is_none_or(|namespace| clusterwide || *namespace == meta.object.namespace);
+        return here && spec.is_policy();
+    }
+    broken.addresses.is_empty() || matches!(spec, Spec::Pod(_) | Spec::Service(_))
 }
 
 impl File {

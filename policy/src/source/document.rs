@@ -3,20 +3,27 @@
 use super::fields::{At, Findings};
 use super::kind::{self, Treatment};
 use super::yaml::{Node, Value};
-use super::{Broken, Meta, Object, Outcome, Parsed, Reach, Selector, admin, cilium};
-use crate::error::{ObjectRef, Origin, Problem, Severity};
+use super::{
+    Broken, Meta, Namespace, Object, Outcome, Parsed, Reach, Selector, admin, cilium, is_name,
+    resembles_namespace,
+};
+use crate::error::{ObjectRef, Origin, Severity};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 pub(super) fn read(node: &Node, origin: Origin, parsed: &mut Parsed) {
     let text = |name| node.get(name).and_then(Node::text).filter(|text| !text.is_empty());
-    let (Some(version), Some(kind)) = (text("apiVersion"), text("kind")) else {
-        let message = "not an object: a document needs apiVersion and kind";
-        let policy =
-            text("apiVersion").filter(|v| kind::is_policy(v, "")).and_then(|_| reach(node, "", &None));
-        parsed.refuse(origin.clone(), None, "", message);
-        parsed.outcomes.push(Outcome::Broken(Broken { object: None, origin, policy, addresses: Vec::new() }));
+    let (version, kind) = (text("apiVersion"), text("kind"));
+    let (Some(version), Some(kind)) = (version, kind) else {
+        let (version, kind) = (version.unwrap_or_default(), kind.unwrap_or_default());
+        let policy = if kind::is_policy(version, kind) {
+            reach(node, version, kind)
+        } else {
+            holds_policy(node).then(Reach::default)
+        };
+        parsed.refuse(origin.clone(), None, "", "not an object: a document needs apiVersion and kind");
+        parsed.broken(Broken { object: None, origin, policy, addresses: Vec::new() });
         return;
     };
     let object = name(node, kind);
@@ -28,7 +35,7 @@ pub(super) fn read(node: &Node, origin: Origin, parsed: &mut Parsed) {
             None
         }
         (_, None) => {
-            out.add(Severity::Error, origin.line, "metadata.name", "the object has no name");
+            nameless(node, &origin, &mut out);
             None
         }
         (_, Some(object)) => {
@@ -37,28 +44,67 @@ pub(super) fn read(node: &Node, origin: Origin, parsed: &mut Parsed) {
         }
     };
     let refused = out.refused();
-    parsed.problems.extend(out.0.into_iter().map(|finding| Problem {
-        origin: Origin { line: finding.line, ..origin.clone() },
-        severity: finding.severity,
-        object: object.clone(),
-        field: finding.field,
-        message: finding.message,
-    }));
-    parsed.outcomes.push(match read {
-        Some(object) if !refused => Outcome::Object(Arc::new(object)),
+    parsed.report(&origin, &object, out);
+    match read {
+        Some(object) if !refused => parsed.outcomes.push(Outcome::Object(Arc::new(object))),
         _ => {
-            let policy = kind::is_policy(version, kind).then(|| reach(node, kind, &object)).flatten();
-            Outcome::Broken(Broken { object, origin, policy, addresses: addresses(node, kind) })
+            let policy = kind::is_policy(version, kind).then(|| reach(node, version, kind)).flatten();
+            parsed.broken(Broken { object, origin, policy, addresses: addresses(node, kind) });
         }
-    });
+    }
 }
 
+/// Is there a policy in it, however deep? The parser bounds the depth.
+fn holds_policy(node: &Node) -> bool {
+    let text = |name| node.get(name).and_then(Node::text).unwrap_or_default();
+    match &node.value {
+        Value::Mapping(entries) => {
+            !text("apiVersion").is_empty() && kind::is_policy(text("apiVersion"), text("kind"))
+                || entries.iter().any(|(_, inner)| holds_policy(inner))
+        }
+        Value::Sequence(items) => items.iter().any(holds_policy),
+        Value::Null | Value::Scalar { .. } => false,
+    }
+}
+
+/// INVARIANT: what cannot be read is never taken for absent, or the object would be taken for another one, and the one that it
+/// is for deleted.
 fn name(node: &Node, kind: &str) -> Option<ObjectRef> {
-    let metadata = node.get("metadata")?;
-    let text = |name| metadata.get(name).and_then(Node::text).filter(|text| !text.is_empty());
-    let name = text("name")?.into();
-    let namespace = if kind::has_namespace(kind) { text("namespace").unwrap_or("default") } else { "" };
-    Some(ObjectRef { kind: kind.into(), namespace: namespace.into(), name })
+    let name = node.get("metadata")?.get("name").and_then(Node::text).filter(|text| is_name(text))?;
+    let namespace = namespace(node).of_object(kind)?;
+    Some(ObjectRef { kind: kind.into(), namespace, name: name.into() })
+}
+
+fn namespace(node: &Node) -> Namespace<'_> {
+    let Some(Value::Mapping(entries)) = node.get("metadata").map(|metadata| &metadata.value) else {
+        return Namespace::Unreadable;
+    };
+    match entries.iter().find(|(key, _)| key == "namespace").map(|(_, node)| &node.value) {
+        Some(Value::Scalar { text, .. }) if is_name(text) => Namespace::Given(text),
+        Some(Value::Scalar { text, .. }) if text.is_empty() => Namespace::Absent,
+        None | Some(Value::Null) if !entries.iter().any(|(key, _)| misspelt(key)) => Namespace::Absent,
+        _ => Namespace::Unreadable,
+    }
+}
+
+/// A key of metadata that is no field, and may have been meant to be `namespace`; `<<` would bring it from elsewhere.
+fn misspelt(key: &str) -> bool {
+    key == "<<" || key != "namespace" && resembles_namespace(key)
+}
+
+/// Says why an object has no name.
+fn nameless(node: &Node, origin: &Origin, out: &mut Findings) {
+    let mut quiet = Findings::default();
+    for (key, at) in node.get("metadata").iter().flat_map(|at| At::new(at, "metadata").entries(&mut quiet)) {
+        match key {
+            "name" | "namespace" if at.node.value != Value::Null => plain_name(&at, out),
+            key if misspelt(key) => out.error(&at, "no such field; is \"namespace\" meant?"),
+            _ => {}
+        }
+    }
+    if !out.refused() {
+        out.add(Severity::Error, origin.line, "metadata.name", "the object has no name");
+    }
 }
 
 fn meta(node: &Node, object: ObjectRef, origin: Origin, out: &mut Findings) -> Meta {
@@ -100,25 +146,16 @@ fn meta(node: &Node, object: ObjectRef, origin: Origin, out: &mut Findings) -> M
     meta
 }
 
-/// Names become part of SPIFFE IDs and of tables: the characters of a Kubernetes name, no others.
 fn plain_name(at: &At<'_>, out: &mut Findings) {
-    let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_' | b':');
-    let fits = |text: &String| (1..=253).contains(&text.len()) && text.bytes().all(allowed);
-    if let Some(text) = at.text(out).filter(|text| !fits(text)) {
+    if let Some(text) = at.text(out).filter(|text| !is_name(text)) {
         out.error(at, format!("{text:?} is no name; use 1 to 253 letters, digits, '-', '.' or '_'"));
     }
 }
 
 /// What a policy that does not read would have selected. Its namespace is believed, and a selector of equal labels
 /// where the kind selects pods by them; anything else widens to the namespace. `None`: no workload, only nodes.
-fn reach(node: &Node, kind: &str, object: &Option<ObjectRef>) -> Option<Reach> {
-    let namespace =
-        || node.get("metadata").and_then(|m| m.get("namespace")).and_then(Node::text).unwrap_or("default");
-    let namespace = match object {
-        Some(object) if object.namespace.is_empty() => None,
-        Some(object) => Some(object.namespace.clone()),
-        None => Some(namespace().into()),
-    };
+fn reach(node: &Node, version: &str, kind: &str) -> Option<Reach> {
+    let namespace = namespace(node).of_policy(version, kind);
     let spec = node.get("spec").filter(|_| node.get("specs").is_none());
     let of = |name| equal_labels(spec.and_then(|spec| spec.get(name)));
     Some(match kind {

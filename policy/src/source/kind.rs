@@ -142,6 +142,30 @@ pub(super) fn has_namespace(kind: &str) -> bool {
     !CLUSTER.contains(&kind)
 }
 
+/// Is an object of this kind in the namespace `default` when it names none? Of a kind that is not known to be, nobody can tell.
+pub(super) fn is_never_clusterwide(version: &str, kind: &str) -> bool {
+    const SPACED: &[&str] = &[
+        "AuthorizationPolicy",
+        "PeerAuthentication",
+        "RequestAuthentication",
+        "NetworkPolicy",
+        "CiliumNetworkPolicy",
+    ];
+    let group = version.split_once('/').map_or("", |(group, _)| group);
+    matches!(group, "security.istio.io" | "networking.k8s.io") || SPACED.contains(&kind)
+}
+
+/// Does a text that cannot be read speak of a group that [`is_policy`] knows?
+pub(super) fn mentions_policy(text: &str) -> bool {
+    // `policy.networking.k8s.io` ends in the last.
+    ["security.istio.io", "cilium.io", "networking.k8s.io"].iter().any(|group| text.contains(group))
+}
+
+/// Is it the kind of a list of objects? Few objects that are none are called so too, and those have no `items`.
+pub(super) fn is_list(kind: &str) -> bool {
+    kind.ends_with("List")
+}
+
 pub(super) fn read(treatment: &Treatment, meta: &Meta, node: &Node, out: &mut Findings) -> Spec {
     let Treatment::Used(kind) = treatment else { return recognised(treatment, node, out) };
     let mut top = At::new(node, "").fields(out);

@@ -24,6 +24,7 @@ pub use yaml::{MAX_DEPTH, MAX_NODES};
 use crate::error::{ObjectRef, Origin, Problem, Severity};
 use crate::model::layer::NetworkPolicy;
 use document::equal_labels;
+use fields::Findings;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -70,10 +71,22 @@ pub enum Spec {
     Ignored,
 }
 
+impl Spec {
+    pub(crate) fn is_policy(&self) -> bool {
+        matches!(
+            self,
+            Spec::AuthorizationPolicy(_)
+                | Spec::PeerAuthentication(_)
+                | Spec::RequestAuthentication(_)
+                | Spec::Network(_)
+        )
+    }
+}
+
 /// A document that could not be read, and what could still be told of it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Broken {
-    /// Which object it is, if kind and name could be found.
+    /// Which object it is, if kind, namespace and name could be found.
     pub object: Option<ObjectRef>,
     pub origin: Origin,
     /// Would it have restricted traffic? Then what it selects is refused until it is repaired.
@@ -82,8 +95,15 @@ pub struct Broken {
     pub addresses: Vec<IpAddr>,
 }
 
-/// Which workloads a policy that cannot be read would have selected, or more.
-#[derive(Clone, Debug, PartialEq)]
+impl Broken {
+    /// Is anybody refused because of it?
+    pub(crate) fn refuses(&self) -> bool {
+        self.policy.is_some() || !self.addresses.is_empty()
+    }
+}
+
+/// Which workloads an object that cannot be read would have been about, or more.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Reach {
     /// `None`: every namespace.
     pub namespace: Option<Arc<str>>,
@@ -108,28 +128,30 @@ pub struct Parsed {
 pub fn parse(file: &str, text: &str) -> Parsed {
     let file: Arc<str> = file.into();
     let mut parsed = Parsed::default();
-    if text.len() > MAX_FILE {
-        let origin = Origin { file, document: 1, line: 1 };
+    let too_large = text.len() > MAX_FILE;
+    if too_large {
+        let origin = Origin { file: file.clone(), document: 1, line: 1 };
         let message = format!("the file is larger than {MAX_FILE} bytes; split it");
         parsed.refuse(origin.clone(), None, "", &message);
-        parsed.outcomes.push(Outcome::Broken(Broken {
-            object: None,
-            origin,
-            policy: scan::scan(text).1,
-            addresses: Vec::new(),
-        }));
-        return parsed;
+        // Nobody knows what else is in it, so that nothing is gone from it.
+        parsed.broken(Broken { object: None, origin, policy: None, addresses: Vec::new() });
     }
     for (index, (line, text)) in yaml::documents(text).into_iter().enumerate() {
         let origin = Origin { file: file.clone(), document: index as u32 + 1, line };
+        if too_large {
+            let broken = scan::scan(&text, origin);
+            if broken.refuses() {
+                parsed.broken(broken);
+            }
+            continue;
+        }
         match yaml::parse(&text, line) {
             Ok(node) => document::read(&node, Origin { line: node.line, ..origin }, &mut parsed),
             Err(error) => {
-                let (object, policy) = scan::scan(&text);
                 let at = Origin { line: error.line, ..origin.clone() };
-                parsed.refuse(at, object.clone(), "", &error.message);
-                let addresses = Vec::new();
-                parsed.outcomes.push(Outcome::Broken(Broken { object, origin, policy, addresses }));
+                let broken = scan::scan(&text, origin);
+                parsed.refuse(at, broken.object.clone(), "", &error.message);
+                parsed.broken(broken);
             }
         }
     }
@@ -137,8 +159,64 @@ pub fn parse(file: &str, text: &str) -> Parsed {
 }
 
 impl Parsed {
+    fn broken(&mut self, broken: Broken) {
+        self.outcomes.push(Outcome::Broken(broken));
+    }
+
     fn refuse(&mut self, origin: Origin, object: Option<ObjectRef>, field: &str, message: &str) {
         let (field, message) = (field.to_owned(), message.to_owned());
         self.problems.push(Problem { origin, severity: Severity::Error, object, field, message });
     }
+
+    fn report(&mut self, origin: &Origin, object: &Option<ObjectRef>, findings: Findings) {
+        self.problems.extend(findings.0.into_iter().map(|finding| Problem {
+            origin: Origin { line: finding.line, ..origin.clone() },
+            severity: finding.severity,
+            object: object.clone(),
+            field: finding.field,
+            message: finding.message,
+        }));
+    }
+}
+
+/// The namespace that the metadata of an object says.
+enum Namespace<'a> {
+    Given(&'a str),
+    Absent,
+    /// It says something, but not plainly what.
+    Unreadable,
+}
+
+impl Namespace<'_> {
+    /// Where an object of this kind is; empty for one without a namespace.
+    fn of_object(&self, kind: &str) -> Option<Arc<str>> {
+        match self {
+            _ if !kind::has_namespace(kind) => Some("".into()),
+            Namespace::Given(name) => Some((*name).into()),
+            Namespace::Absent => Some("default".into()),
+            Namespace::Unreadable => None,
+        }
+    }
+
+    /// Which one a policy can be about, as far as this tells; `None`: any.
+    fn of_policy(&self, version: &str, kind: &str) -> Option<Arc<str>> {
+        match self {
+            _ if !kind::has_namespace(kind) => None,
+            Namespace::Given(name) => Some((*name).into()),
+            Namespace::Absent => kind::is_never_clusterwide(version, kind).then(|| "default".into()),
+            Namespace::Unreadable => None,
+        }
+    }
+}
+
+/// Names become part of SPIFFE IDs and of tables: the characters of a Kubernetes name, no others.
+fn is_name(text: &str) -> bool {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_' | b':');
+    (1..=253).contains(&text.len()) && text.bytes().all(allowed)
+}
+
+/// May this have been meant to say `namespace`?
+fn resembles_namespace(text: &str) -> bool {
+    let text = text.to_ascii_lowercase();
+    ["names", "pace"].iter().any(|part| text.contains(part))
 }

@@ -1,0 +1,169 @@
+//! What cannot be read is never taken for absent, nor for another object.
+
+mod mesh;
+
+use mesh::{policy, store, verdicts};
+use weft_policy::Verdict::{Allow as A, Deny as D};
+
+/// A policy of namespace `prod` that denies everything, and the same as its author breaks it.
+const DENY: &str = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: d, namespace: prod}\n\
+     spec: {action: DENY, rules: [{}]}\n";
+
+fn broken(metadata: &str) -> String {
+    let broken = DENY.replace("metadata: {name: d, namespace: prod}\n", metadata).replace("[{}]}", "[{}]");
+    assert!(broken.contains(metadata) && !broken.contains("[{}]}"));
+    broken
+}
+
+/// What a namespace is called decides which object a document is; one that is there and cannot be read is not `default`.
+#[test]
+fn an_unreadable_namespace_is_not_an_absent_one() {
+    for text in [
+        broken("metadata: {name: d,\n  namespace: prod}\n"),
+        broken("metadata:\n  name: d\n  \"namespace\": prod\n"),
+        broken("metadata:\n  name: d\n  namespace: &ns prod\n"),
+        broken("metadata:\n  name: d\n  namespace: !!str prod\n"),
+        broken("metadata:\n  name: d\n  namespace : prod\n"),
+        broken("metadata:\n  name: d\n   namespace: prod\n"),
+        broken("metadata:\n    name: d\n  namespace: prod\n"),
+        broken("metadata:\n  name: d\n\tnamespace: prod\n"),
+        broken("metadata:\n  name: d\n  namespace:\n    prod\n"),
+        broken("metadata:\n  name: d\n  namespace: prod\n  namespace: prod\n"),
+        broken("metadata:\n  name: d\n  labels: {a: [b,\n  namespace: c\n  ]}\n  namespace : prod\n"),
+        broken("metadata: {name: d, labels: {namespace: x}, \"namespace\": prod}\n"),
+        broken("metadata: &m {name: d, namespace: prod}\n"),
+        broken("\"metadata\": {name: d, namespace: prod}\n"),
+        broken("metadta: {name: d, namespace: prod}\n"),
+        broken("metadata: {name: d, namespace: prod}\n").replace("kind: Auth", "kind: &k Auth"),
+        broken("metadata: {name: d, namespace: prod}\n") + "---\n\n" + DENY.trim_end_matches("}\n"),
+        // Without the marker between them, two documents are one that has every key twice.
+        "apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: d}\n".to_owned() + DENY,
+        // These are YAML.
+        DENY.replace("namespace: prod", "namespace: [prod]"),
+        DENY.replace("namespace: prod", "namespace: {prod: }"),
+        DENY.replace("namespace: prod", "namespace: \"prod \""),
+        DENY.replace("namespace: prod", "nameSpace: prod"),
+        DENY.replace("namespace: prod", "namepace: prod"),
+        DENY.replace("metadata", "metdata"),
+        DENY.replace("apiVersion", "apiversion"),
+        format!("- {}", DENY.trim_end().replace('\n', "\n  ")),
+    ] {
+        let mut store = store();
+        store.apply("p.yaml", DENY);
+        assert_eq!(verdicts(&store), [A, A, D], "{text}");
+        let problems = format!("{:?}", store.apply("p.yaml", &text));
+        assert!(problems.contains("Error"), "{text}");
+        assert_eq!(verdicts(&store)[2], D, "after a good version: {text}\n{problems}");
+        store.remove("p.yaml");
+        store.apply("p.yaml", &text);
+        assert_eq!(verdicts(&store)[2], D, "from nothing: {text}\n{problems}");
+    }
+}
+
+/// What is written plainly is believed, whatever stands around it.
+#[test]
+fn a_readable_namespace_is_believed() {
+    for text in [
+        broken("metadata: {name: d, namespace: prod}\n"),
+        broken("metadata: {labels: {namespace: x}, name: 'd', namespace: \"prod\"} # here\n"),
+        broken("metadata:\n  # here\n  name: d # d\n  namespace: prod\r\n\n  labels: {namespace: x}\n"),
+        broken("metadata:\n  annotations:\n    a: '{\"namespace\":\"x\"}'\n  name: d\n  namespace: prod\n"),
+        DENY.replace("rules", "rulez"),
+    ] {
+        let mut store = store();
+        store.apply("p.yaml", &text);
+        assert_eq!(verdicts(&store), [A, A, D], "from nothing: {text}");
+        store.apply("p.yaml", DENY);
+        let problems = store.apply("p.yaml", &text);
+        assert!(
+            problems.iter().any(|p| p.to_string().contains("AuthorizationPolicy prod/d: stays")),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn a_new_policy_without_a_name_is_not_taken_for_another_object() {
+    let account = "apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: x, namespace: prod}\n";
+    let unnamed = DENY.replace("name: d", "generateName: d-");
+    let elsewhere = DENY.replace("namespace: prod", "namespace: default");
+    for (before, now, expected) in [
+        (account.to_owned(), unnamed.clone(), [A, A, D]),
+        (elsewhere.clone(), unnamed.clone(), [D, D, D]),
+        // It may be the one that was there, and then the other one is not.
+        (
+            DENY.replace("rules: [{}]", "rules: [{to: [{operation: {ports: [\"81\"]}}]}]"),
+            unnamed.clone(),
+            [A, A, A],
+        ),
+        (
+            DENY.replace("rules: [{}]", "rules: [{to: [{operation: {ports: [\"81\"]}}]}]"),
+            format!("{unnamed}---\n{unnamed}"),
+            [A, A, D],
+        ),
+    ] {
+        let mut store = store();
+        store.apply("p.yaml", &before);
+        let problems = store.apply("p.yaml", &now);
+        assert!(problems.iter().any(|p| p.message.contains("stays in its former version")), "{problems:?}");
+        assert_eq!(verdicts(&store), expected, "{before} -> {now}");
+    }
+}
+
+#[test]
+fn a_policy_in_a_text_that_cannot_be_told_apart_refuses_everything() {
+    let json = "{\"apiVersion\": \"security.istio.io/v1\", \"kind\": \"AuthorizationPolicy\",\n \"metadata\": {\"name\": \"d\", \
+                \"namespace\": \"prod\"}, \"spec\": {\"action\": \"DENY\", \"rules\": [{}]}}\n";
+    let unnamed = |kind: &str| {
+        format!(
+            "apiVersion: cilium.io/v2\nkind: {kind}\nmetadata: {{generateName: c-}}\nspec: {{endpointSelector: {{}}, ingress: [{{}}]}}\n"
+        )
+    };
+    let list = |items: &str| {
+        format!("apiVersion: v1\nkind: List\nitems:\n- {}\n", items.trim_end().replace('\n', "\n  "))
+    };
+    for text in [
+        json.replace("[{}]}}", "[{}]}"),
+        format!("{json}{json}"),
+        DENY.replace("[{}]}", "[{}]").lines().map(|line| format!("  {line}\n")).collect(),
+        DENY.replace('\n', "\r").replace("[{}]}", "[{}]"),
+        list(DENY).replace("[{}]}", "[{}]"),
+        list(DENY)
+            .replace("apiVersion: v1", "apiVersion: security.istio.io/v1")
+            .replace("kind: List", "kind: AuthorizationPolicyList")
+            .replace("[{}]}", "[{}]"),
+        unnamed("CiliumClusterwideNetworkPolicy"),
+        unnamed("CiliumClusterwideNetworkPolicy").replace("[{}]}", "[{}]"),
+        unnamed("CiliumUnheardOfPolicy"),
+        unnamed("CiliumUnheardOfPolicy").replace("generateName", "name"),
+        unnamed("X").replace("kind: X\n", ""),
+    ] {
+        let mut store = store();
+        store.apply("p.yaml", &text);
+        assert_eq!(verdicts(&store), [D, D, D], "{text}");
+    }
+    // Nothing of this is a policy.
+    for text in [
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: c}\ndata: {a: \"security.istio.io/v1\", b: [}\n",
+        "  apiVersion: v1\n  kind: ServiceAccount\n  metadata: [\n",
+        "security.istio.io: {enabled: true}\n",
+    ] {
+        let mut store = store();
+        store.apply("p.yaml", text);
+        assert_eq!(verdicts(&store), [A, A, A], "{text}");
+    }
+}
+
+#[test]
+fn every_document_of_a_file_that_is_too_large_is_looked_at() {
+    let filler = format!("# {}\n---\n", "x".repeat(8 << 20));
+    let account = "apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: x}\n---\n";
+    let mut store = store();
+    store.apply("p.yaml", &format!("{account}{DENY}---\n{filler}"));
+    assert_eq!(verdicts(&store), [A, A, D]);
+    // What was whole before stays.
+    store.apply("p.yaml", &(policy("web", "{selector: {matchLabels: {app: web}}}") + "---\n" + DENY));
+    assert_eq!(verdicts(&store), [D, A, D]);
+    store.apply("p.yaml", &format!("{filler}{DENY}"));
+    assert_eq!(verdicts(&store), [D, A, D]);
+}

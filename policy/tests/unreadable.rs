@@ -128,6 +128,8 @@ fn a_policy_in_a_text_that_cannot_be_told_apart_refuses_everything() {
         DENY.replace("[{}]}", "[{}]").lines().map(|line| format!("  {line}\n")).collect(),
         DENY.replace('\n', "\r").replace("[{}]}", "[{}]"),
         list(DENY).replace("[{}]}", "[{}]"),
+        list(DENY).replace("items", "itemz"),
+        list(DENY).replace("- apiVersion", "  apiVersion"),
         list(DENY)
             .replace("apiVersion: v1", "apiVersion: security.istio.io/v1")
             .replace("kind: List", "kind: AuthorizationPolicyList")
@@ -152,6 +154,53 @@ fn a_policy_in_a_text_that_cannot_be_told_apart_refuses_everything() {
         store.apply("p.yaml", text);
         assert_eq!(verdicts(&store), [A, A, A], "{text}");
     }
+}
+
+/// What kubectl prints, and applies again.
+#[test]
+fn the_items_of_a_list_are_objects() {
+    let item = DENY.trim_end().replace('\n', "\n  ");
+    let bare = "metadata: {name: d, namespace: prod}\n  spec: {action: DENY, rules: [{}]}";
+    let list = |version: &str, kind: &str, item: &str| {
+        format!(
+            "apiVersion: {version}\nkind: {kind}\nmetadata: {{resourceVersion: \"\"}}\nitems:\n- {item}\n"
+        )
+    };
+    let mut store = store();
+    for text in [
+        list("v1", "List", &item),
+        list("security.istio.io/v1", "AuthorizationPolicyList", &item),
+        list("security.istio.io/v1", "AuthorizationPolicyList", bare),
+        list("v1", "List", &list("v1", "List", &item).trim_end().replace('\n', "\n  ")),
+        "---\n".to_owned() + DENY,
+    ] {
+        let problems = store.apply("p.yaml", &text);
+        assert_eq!(problems, [], "{text}");
+        assert_eq!(verdicts(&store), [A, A, D], "{text}");
+        assert_eq!(store.objects().filter(|o| &*o.meta.object.kind == "AuthorizationPolicy").count(), 1);
+    }
+    // Each item is whole or keeps its former version.
+    let two = list(
+        "v1",
+        "List",
+        &format!("{}\n- {item}", item.replace("name: d", "name: e").replace("rules", "rulez")),
+    );
+    let problems: Vec<_> = store.apply("p.yaml", &two).iter().map(|p| p.to_string()).collect();
+    let expected =
+        "p.yaml:8: error: document 1, AuthorizationPolicy prod/e, items[0].spec.rulez: no such field";
+    assert_eq!(problems.last().unwrap(), expected);
+    assert_eq!(verdicts(&store), [A, A, D]);
+    store.apply("p.yaml", &list("v1", "List", "{}").replace("- {}", "  []"));
+    assert_eq!(verdicts(&store), [A, A, A]);
+    let problems: Vec<_> = store
+        .apply("p.yaml", "apiVersion: v1\nkind: List\nitems: [x]\n")
+        .iter()
+        .map(|p| p.to_string())
+        .collect();
+    assert_eq!(
+        problems,
+        ["p.yaml:3: error: document 1, items[0]: not an object: a document needs apiVersion and kind"]
+    );
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! One document to the object that it is.
+//! One document to the object that it is, or, where it is a list, to its items.
 
 use super::fields::{At, Findings};
 use super::kind::{self, Treatment};
@@ -12,9 +12,19 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-pub(super) fn read(node: &Node, origin: Origin, parsed: &mut Parsed) {
+/// Reads a document, or at `path` in it the item of a list. `of_list`: version and kind of an item that says neither.
+pub(super) fn read(
+    node: &Node,
+    path: &str,
+    of_list: Option<(&str, &str)>,
+    origin: Origin,
+    parsed: &mut Parsed,
+) {
     let text = |name| node.get(name).and_then(Node::text).filter(|text| !text.is_empty());
-    let (version, kind) = (text("apiVersion"), text("kind"));
+    let (version, kind) = match (text("apiVersion"), text("kind"), of_list) {
+        (None, None, Some((version, kind))) => (Some(version), Some(kind)),
+        (version, kind, _) => (version, kind),
+    };
     let (Some(version), Some(kind)) = (version, kind) else {
         let (version, kind) = (version.unwrap_or_default(), kind.unwrap_or_default());
         let policy = if kind::is_policy(version, kind) {
@@ -22,10 +32,15 @@ pub(super) fn read(node: &Node, origin: Origin, parsed: &mut Parsed) {
         } else {
             holds_policy(node).then(Reach::default)
         };
-        parsed.refuse(origin.clone(), None, "", "not an object: a document needs apiVersion and kind");
+        parsed.refuse(origin.clone(), None, path, "not an object: a document needs apiVersion and kind");
         parsed.broken(Broken { object: None, origin, policy, addresses: Vec::new() });
         return;
     };
+    if kind::is_list(kind)
+        && (kind == "List" || node.get("items").is_some() || kind::is_policy(version, kind))
+    {
+        return list(node, path, (version, kind), origin, parsed);
+    }
     let object = name(node, kind);
     let mut out = Findings::default();
     let treatment = kind::treatment(version, kind);
@@ -44,13 +59,39 @@ pub(super) fn read(node: &Node, origin: Origin, parsed: &mut Parsed) {
         }
     };
     let refused = out.refused();
-    parsed.report(&origin, &object, out);
+    parsed.report(path, &origin, &object, out);
     match read {
         Some(object) if !refused => parsed.outcomes.push(Outcome::Object(Arc::new(object))),
         _ => {
             let policy = kind::is_policy(version, kind).then(|| reach(node, version, kind)).flatten();
             parsed.broken(Broken { object, origin, policy, addresses: addresses(node, kind) });
         }
+    }
+}
+
+/// Each item is read as if it were a document, as kubectl does. In a list of one kind an item need not repeat it.
+fn list(node: &Node, path: &str, (version, kind): (&str, &str), origin: Origin, parsed: &mut Parsed) {
+    let mut out = Findings::default();
+    let mut top = At::new(node, "").fields(&mut out);
+    top.ignore(&["apiVersion", "kind", "metadata"]);
+    if node.get("items").is_none() {
+        out.error(&top.at, "`items` is missing");
+    }
+    let items = top.items("items", &mut out);
+    top.finish(&mut out);
+    let refused = out.refused();
+    parsed.report(path, &origin, &None, out);
+    if refused {
+        // What the author meant by the rest may be more of it.
+        let policy = holds_policy(node).then(Reach::default);
+        let (object, addresses) = (None, Vec::new());
+        parsed.broken(Broken { object, origin: origin.clone(), policy, addresses });
+    }
+    let of_list = kind.strip_suffix("List").filter(|kind| !kind.is_empty()).map(|kind| (version, kind));
+    for At { node, path: item } in items {
+        let dot = if path.is_empty() { "" } else { "." };
+        let origin = Origin { line: node.line, ..origin.clone() };
+        read(node, &format!("{path}{dot}{item}"), of_list, origin, parsed);
     }
 }
 

@@ -146,7 +146,7 @@ pub fn parse(file: &str, text: &str) -> Parsed {
             continue;
         }
         match yaml::parse(&text, line) {
-            Ok(node) => document::read(&node, Origin { line: node.line, ..origin }, &mut parsed),
+            Ok(node) => document::read(&node, "", None, Origin { line: node.line, ..origin }, &mut parsed),
             Err(error) => {
                 let at = Origin { line: error.line, ..origin.clone() };
                 let broken = scan::scan(&text, origin);
@@ -168,13 +168,17 @@ impl Parsed {
         self.problems.push(Problem { origin, severity: Severity::Error, object, field, message });
     }
 
-    fn report(&mut self, origin: &Origin, object: &Option<ObjectRef>, findings: Findings) {
-        self.problems.extend(findings.0.into_iter().map(|finding| Problem {
-            origin: Origin { line: finding.line, ..origin.clone() },
-            severity: finding.severity,
-            object: object.clone(),
-            field: finding.field,
-            message: finding.message,
+    /// `path`: where in the document the object of these findings stands.
+    fn report(&mut self, path: &str, origin: &Origin, object: &Option<ObjectRef>, findings: Findings) {
+        self.problems.extend(findings.0.into_iter().map(|finding| {
+            let dot = if path.is_empty() || finding.field.is_empty() { "" } else { "." };
+            Problem {
+                origin: Origin { line: finding.line, ..origin.clone() },
+                severity: finding.severity,
+                object: object.clone(),
+                field: format!("{path}{dot}{}", finding.field),
+                message: finding.message,
+            }
         }));
     }
 }

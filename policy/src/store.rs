@@ -22,7 +22,7 @@ pub struct ObjectStore {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Changed {
     pub objects: BTreeSet<ObjectRef>,
-    /// Documents that cannot be read came, went or changed.
+    /// Documents that cannot be read came, went or changed, or what they refuse.
     pub broken: bool,
     /// Of several documents with one name one came or went.
     pub ambiguous: bool,
@@ -89,7 +89,11 @@ impl ObjectStore {
 
     /// What became different since the last call.
     pub fn take_changed(&mut self) -> Changed {
-        std::mem::take(&mut self.changed)
+        let mut changed = std::mem::take(&mut self.changed);
+        // What a broken namespace refuses depends on which policies there are.
+        let network = changed.objects.iter().any(|name| name.kind.ends_with("NetworkPolicy"));
+        changed.broken |= network && self.broken().any(|broken| broken.labels.is_some());
+        changed
     }
 
     fn note(&mut self, before: &File, after: &File) {
@@ -171,7 +175,10 @@ fn may_be(broken: &Broken, object: &Object) -> bool {
             namespace.as_ref().is_none_or(|namespace| clusterwide || *namespace == meta.object.namespace);
         return here && spec.is_policy();
     }
-    broken.addresses.is_empty() || matches!(spec, Spec::Pod(_) | Spec::Service(_))
+    match &broken.labels {
+        Some(_) => matches!(spec, Spec::Namespace),
+        None => broken.addresses.is_empty() || matches!(spec, Spec::Pod(_) | Spec::Service(_)),
+    }
 }
 
 impl File {

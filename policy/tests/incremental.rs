@@ -50,6 +50,7 @@ fn object() -> impl Strategy<Value = String> {
             "apiVersion: policy/v1\nkind: PodDisruptionBudget\nmetadata: {name: NAME, namespace: prod}\nspec: {}\n",
             "apiVersion: apps/v1\nkind: Pod\nmetadata: {name: NAME, namespace: prod}\n",
             "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: NAME,\n  namespace: prod}\nspec: {podSelector: [}\n",
+            "apiVersion: v1\nkind: Namespace\nmetadata: {name: prod, zone: x}\n",
             "apiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: ServiceAccount, metadata: {name: NAME}}\n- {apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {generateName: n}, spec: {podSelector: {}}}\n",
         ]),
     ]

@@ -4,6 +4,7 @@ mod mesh;
 
 use mesh::{policy, store, verdicts};
 use weft_policy::Verdict::{Allow as A, Deny as D};
+use weft_policy::{ObjectStore, Settings};
 
 /// A policy of namespace `prod` that denies everything, and the same as its author breaks it.
 const DENY: &str = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: d, namespace: prod}\n\
@@ -215,4 +216,48 @@ fn every_document_of_a_file_that_is_too_large_is_looked_at() {
     assert_eq!(verdicts(&store), [D, A, D]);
     store.apply("p.yaml", &format!("{filler}{DENY}"));
     assert_eq!(verdicts(&store), [D, A, D]);
+}
+
+/// Who is in a namespace of these labels cannot be told where the labels cannot be read.
+#[test]
+fn workloads_of_a_namespace_that_cannot_be_read_are_refused_where_its_labels_matter() {
+    let namespace = "apiVersion: v1\nkind: Namespace\nmetadata: {name: prod, labels: {env: prod}}\n";
+    let bad = namespace.replace("name: prod", "name: prod, zone: x");
+    let admin = |subject: &str, peer: &str| {
+        format!(
+            "apiVersion: policy.networking.k8s.io/v1alpha1\nkind: AdminNetworkPolicy\nmetadata: {{name: a}}\nspec:\n  priority: 1\n  \
+             subject: {{namespaces: {{matchLabels: {{{subject}}}}}}}\n  ingress: [{{action: Deny, from: [{{namespaces: \
+             {{matchLabels: {{{peer}}}}}}}]}}]\n"
+        )
+    };
+    let prod = "kubernetes.io/metadata.name: prod";
+    let default = "kubernetes.io/metadata.name: default";
+    for (text, policy, expected) in [
+        (bad.as_str(), admin("env: prod", default), [A, A, D]),
+        (&bad, admin(default, "env: prod"), [A, A, D]),
+        (&bad, admin(default, prod), [A, A, A]),
+        (&bad, String::new(), [A, A, A]),
+        (&namespace.replace("}}", "}"), admin("env: prod", default), [A, A, D]),
+        (&namespace.replace("apiVersion", "apiversion"), admin("env: prod", default), [A, A, D]),
+        (&namespace.replace("name: prod", "nam: prod"), admin("env: prod", default), [D, D, D]),
+        (namespace, admin("env: prod", default), [A, A, A]),
+    ] {
+        let mut store = store();
+        store.apply("namespace.yaml", text);
+        store.apply("policy.yaml", &policy);
+        assert_eq!(verdicts(&store), expected, "{text}{policy}");
+        let refused = expected[2] == D;
+        let said = |store: &ObjectStore| {
+            let problems = store.check(Settings::default());
+            problems
+                .iter()
+                .any(|p| p.to_string().contains("AdminNetworkPolicy a asks for labels of namespaces"))
+        };
+        assert_eq!(said(&store), refused, "{text}{policy}");
+        // A version that can be read ends it, and stays when the next one is bad.
+        for text in [namespace, text] {
+            store.apply("namespace.yaml", text);
+            assert_eq!(verdicts(&store), [A, A, A], "{text}{policy}");
+        }
+    }
 }

@@ -1,5 +1,7 @@
 //! What is refused because somebody wanted something of it that cannot be read or enforced.
 
+use super::layer::{NetworkPolicy, PeerMatch, PodSet};
+use super::selector::NAMESPACE_NAME;
 use super::{Blocked, Model};
 use crate::error::{ObjectRef, Origin, Problem, Severity};
 use crate::source::{Broken, Object, Reach, Selector, Spec, Target};
@@ -80,13 +82,28 @@ impl Model {
         self.block_exactly(object, origin, reach);
     }
 
+    /// Who is in a namespace whose labels cannot be read may be one whom a policy is about, as its subject or as a peer.
+    pub(super) fn refuse_unlabelled(&mut self, broken: &Broken) {
+        let Some(reach) = broken.labels.clone() else { return };
+        let Some(asking) = self.network.iter().find(|named| asks_for_labels(&named.policy)) else { return };
+        let until = format!(
+            "until the object can be read: {} asks for labels of namespaces, and these are not known",
+            asking.object
+        );
+        self.block_until(broken.object.clone(), broken.origin.clone(), reach, &until);
+    }
+
     fn block_exactly(&mut self, object: Option<ObjectRef>, origin: Origin, reach: Reach) {
+        self.block_until(object, origin, reach, "until this policy can be enforced");
+    }
+
+    fn block_until(&mut self, object: Option<ObjectRef>, origin: Origin, reach: Reach, until: &str) {
         let whom = match &reach.namespace {
             None => "the whole mesh".to_owned(),
             Some(namespace) => format!("namespace {namespace}"),
         };
         let only = if reach.selector.is_empty() { "all workloads" } else { "the selected workloads" };
-        let message = format!("{only} of {whom} refuse all traffic until this policy can be enforced");
+        let message = format!("{only} of {whom} refuse all traffic {until}");
         let problem = Problem {
             origin: origin.clone(),
             severity: Severity::Error,
@@ -97,6 +114,17 @@ impl Model {
         self.problems.push(problem);
         self.blocked.push(Blocked { object, origin, reach });
     }
+}
+
+/// Does it select anybody by labels of namespaces? The name of a namespace is one that needs no object.
+fn asks_for_labels(policy: &NetworkPolicy) -> bool {
+    let asks = |pods: &PodSet| {
+        let selector = &pods.namespaces;
+        selector.equal.keys().any(|key| key != NAMESPACE_NAME)
+            || selector.expressions.iter().any(|requirement| requirement.key != NAMESPACE_NAME)
+    };
+    let mut peers = policy.rules.iter().flat_map(|rule| &rule.peers);
+    asks(&policy.subject) || peers.any(|peer| matches!(peer, PeerMatch::Pods(pods) if asks(pods)))
 }
 
 /// Its selector would hold in every namespace, where the service is another or none.

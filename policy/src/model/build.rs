@@ -3,7 +3,7 @@
 use super::{Identity, Model, Named, Pods, Service, ServicePort, Settings, SpiffeId, Workload};
 use crate::error::{ObjectRef, Origin, Problem, Severity};
 use crate::source::core::{self, Balance, TargetPort};
-use crate::source::{AuthorizationPolicy, Meta, Object, Reach, RequestAuthentication, Spec};
+use crate::source::{AuthorizationPolicy, Broken, Meta, Object, Reach, RequestAuthentication, Spec};
 use crate::store::ObjectStore;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -15,12 +15,10 @@ impl Model {
     pub fn new(settings: Settings, store: &ObjectStore) -> Model {
         let mut model = Model { settings, ..Model::default() };
         let objects = unique(store, &mut model.problems);
-        for broken in store.broken() {
-            // A version of it in another file counts as its former one.
-            if !broken.object.as_ref().is_some_and(|name| objects.contains_key(name)) {
-                model.refuse(broken);
-            }
-        }
+        // A version of it in another file counts as its former one.
+        let former = |broken: &Broken| broken.object.as_ref().is_some_and(|name| objects.contains_key(name));
+        let broken: Vec<&Broken> = store.broken().filter(|broken| !former(broken)).collect();
+        broken.iter().for_each(|broken| model.refuse(broken));
         let mut interned: HashMap<Identity, Arc<Identity>> = HashMap::new();
         let mut rules = Vec::new();
         let mut workloads = Vec::new();
@@ -74,8 +72,9 @@ impl Model {
                 _ => {}
             }
         }
-        model.blocked.sort_by(|a, b| (&a.object, &a.origin).cmp(&(&b.object, &b.origin)));
         model.network.sort_by(|a, b| (a.policy.tier, &a.object).cmp(&(b.policy.tier, &b.object)));
+        broken.iter().for_each(|broken| model.refuse_unlabelled(broken));
+        model.blocked.sort_by(|a, b| (&a.object, &a.origin).cmp(&(&b.object, &b.origin)));
         model.authentication.values_mut().for_each(|own| own.sort_by(|a, b| age(a).cmp(&age(b))));
         model.index_addresses(workloads);
         for object in objects.values() {

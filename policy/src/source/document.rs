@@ -33,7 +33,8 @@ pub(super) fn read(
             holds_policy(node).then(Reach::default)
         };
         parsed.refuse(origin.clone(), None, path, "not an object: a document needs apiVersion and kind");
-        parsed.broken(Broken { object: None, origin, policy, addresses: Vec::new() });
+        let labels = labels(node, version, kind);
+        parsed.broken(Broken { object: None, origin, policy, labels, addresses: Vec::new() });
         return;
     };
     if kind::is_list(kind)
@@ -64,7 +65,8 @@ pub(super) fn read(
         Some(object) if !refused => parsed.outcomes.push(Outcome::Object(Arc::new(object))),
         _ => {
             let policy = kind::is_policy(version, kind).then(|| reach(node, version, kind)).flatten();
-            parsed.broken(Broken { object, origin, policy, addresses: addresses(node, kind) });
+            let (labels, addresses) = (labels(node, version, kind), addresses(node, kind));
+            parsed.broken(Broken { object, origin, policy, labels, addresses });
         }
     }
 }
@@ -85,7 +87,7 @@ fn list(node: &Node, path: &str, (version, kind): (&str, &str), origin: Origin, 
         // What the author meant by the rest may be more of it.
         let policy = holds_policy(node).then(Reach::default);
         let (object, addresses) = (None, Vec::new());
-        parsed.broken(Broken { object, origin: origin.clone(), policy, addresses });
+        parsed.broken(Broken { object, origin: origin.clone(), policy, labels: None, addresses });
     }
     let of_list = kind.strip_suffix("List").filter(|kind| !kind.is_empty()).map(|kind| (version, kind));
     for At { node, path: item } in items {
@@ -210,6 +212,13 @@ fn reach(node: &Node, version: &str, kind: &str) -> Option<Reach> {
         "AdminNetworkPolicy" | "BaselineAdminNetworkPolicy" | "ClusterNetworkPolicy" => admin::reach(spec),
         _ => Reach { namespace, selector: Selector::new() },
     })
+}
+
+/// The workloads of a namespace that does not read.
+fn labels(node: &Node, version: &str, kind: &str) -> Option<Reach> {
+    let name = node.get("metadata").and_then(|metadata| metadata.get("name")).and_then(Node::text);
+    let namespace = name.filter(|name| is_name(name)).map(Into::into);
+    kind::gives_labels(version, kind).then(|| Reach { namespace, ..Reach::default() })
 }
 
 /// The `matchLabels` of a selector, if they can be read; all that it selects carries them.

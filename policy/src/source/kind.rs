@@ -161,6 +161,11 @@ pub(super) fn mentions_policy(text: &str) -> bool {
     ["security.istio.io", "cilium.io", "networking.k8s.io"].iter().any(|group| text.contains(group))
 }
 
+/// Do policies select by what an object of this kind says of a namespace?
+pub(super) fn gives_labels(version: &str, kind: &str) -> bool {
+    kind == "Namespace" && !version.contains('/')
+}
+
 /// Is it the kind of a list of objects? Few objects that are none are called so too, and those have no `items`.
 pub(super) fn is_list(kind: &str) -> bool {
     kind.ends_with("List")

@@ -91,6 +91,9 @@ pub struct Broken {
     pub origin: Origin,
     /// Would it have restricted traffic? Then what it selects is refused until it is repaired.
     pub policy: Option<Reach>,
+    /// Would it have given labels to a namespace? Then these workloads are refused until it is repaired, if a policy asks for
+    /// labels of namespaces.
+    pub labels: Option<Reach>,
     /// Addresses of a pod or service, which are refused until it is repaired.
     pub addresses: Vec<IpAddr>,
 }
@@ -98,7 +101,7 @@ pub struct Broken {
 impl Broken {
     /// Is anybody refused because of it?
     pub(crate) fn refuses(&self) -> bool {
-        self.policy.is_some() || !self.addresses.is_empty()
+        self.policy.is_some() || self.labels.is_some() || !self.addresses.is_empty()
     }
 }
 
@@ -134,7 +137,8 @@ pub fn parse(file: &str, text: &str) -> Parsed {
         let message = format!("the file is larger than {MAX_FILE} bytes; split it");
         parsed.refuse(origin.clone(), None, "", &message);
         // Nobody knows what else is in it, so that nothing is gone from it.
-        parsed.broken(Broken { object: None, origin, policy: None, addresses: Vec::new() });
+        let [policy, labels] = [None, None];
+        parsed.broken(Broken { object: None, origin, policy, labels, addresses: Vec::new() });
     }
     for (index, (line, text)) in yaml::documents(text).into_iter().enumerate() {
         let origin = Origin { file: file.clone(), document: index as u32 + 1, line };

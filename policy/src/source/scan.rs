@@ -31,7 +31,9 @@ pub(super) fn scan(text: &str, origin: Origin) -> Broken {
         let unknown = version.is_none() || kind.is_none();
         (unknown && kind::mentions_policy(text)).then(Reach::default)
     };
-    Broken { object, origin, policy, addresses: Vec::new() }
+    let labels =
+        kind::gives_labels(group, of).then(|| Reach { namespace: name.map(Into::into), ..Reach::default() });
+    Broken { object, origin, policy, labels, addresses: Vec::new() }
 }
 
 struct Metadata<'a> {

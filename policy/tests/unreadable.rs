@@ -127,7 +127,6 @@ fn a_policy_in_a_text_that_cannot_be_told_apart_refuses_everything() {
         json.replace("[{}]}}", "[{}]}"),
         format!("{json}{json}"),
         DENY.replace("[{}]}", "[{}]").lines().map(|line| format!("  {line}\n")).collect(),
-        DENY.replace('\n', "\r").replace("[{}]}", "[{}]"),
         list(DENY).replace("[{}]}", "[{}]"),
         list(DENY).replace("items", "itemz"),
         list(DENY).replace("- apiVersion", "  apiVersion"),

@@ -24,8 +24,8 @@ const PROG_LOAD: u32 = 5;
 const SUMS: u32 = 4;
 /// Every step of every path (`BPF_LOG_LEVEL2`).
 const STEPS: u32 = 2;
-/// The longest log that all kernels write (kernel/bpf/verifier.c of 5.10: `UINT_MAX >> 8`). Longer ones count as this long.
-const LOG_SIZE: usize = (u32::MAX >> 8) as usize;
+/// The longest takes a quarter of it. Kernels write up to `UINT_MAX >> 2` since 5.2 (kernel/bpf/verifier.c).
+const LOG_SIZE: usize = 128 << 20;
 
 /// The part of `union bpf_attr` (include/uapi/linux/bpf.h) that all kernels know for `BPF_PROG_LOAD`.
 #[repr(C)]
@@ -74,12 +74,8 @@ pub(crate) fn of_programs(object: &[u8], loaded: &Ebpf) -> BTreeMap<String, Cost
             sums.lines().find_map(|line| line.strip_prefix("processed ")?.split(' ').next()?.parse().ok());
         let instructions = count.unwrap_or_else(|| panic!("{name}: no count in {sums:?}"));
         // SAFETY: as above.
-        let length = match unsafe { verified(attr, STEPS, &mut log) } {
-            Ok(steps) => steps.len(),
-            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => LOG_SIZE,
-            Err(error) => panic!("{name}: {error}"),
-        };
-        costs.insert(name.clone(), Cost { instructions, log: length as u32 });
+        let steps = unsafe { verified(attr, STEPS, &mut log) }.unwrap_or_else(|e| panic!("{name}: {e}"));
+        costs.insert(name.clone(), Cost { instructions, log: steps.len() as u32 });
     }
     costs
 }

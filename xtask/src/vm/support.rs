@@ -31,7 +31,7 @@ fn table(results: &[Tested], date: &str) -> String {
         } else {
             format!("{passed} pass, {failed} fail")
         };
-        let outcome = if skipped == 0 { outcome } else { format!("{outcome}, {skipped} of them in part") };
+        let outcome = if skipped == 0 { outcome } else { format!("{outcome}, {skipped} in part") };
         text += &format!("| {series} | {version} | {outcome} | {date} |\n");
     }
     text

@@ -42,7 +42,7 @@ pub fn read(dir: &Path) -> io::Result<(Files, Vec<PathBuf>)> {
         let name = path.to_string_lossy().into_owned();
         if index >= MAX_FILES {
             files.insert(name, Err(format!("not read: the directory holds more than {MAX_FILES} manifests")));
-            break;
+            continue;
         }
         match text(&dir.join(path)) {
             Ok(text) => drop(files.insert(name, Ok(text))),
@@ -92,6 +92,11 @@ pub fn list(dir: &Path) -> io::Result<Listing> {
                     pending.push((path, depth + 1));
                     continue;
                 }
+                // So a mounted ConfigMap shows a directory of its present version; such links lead down only.
+                Ok(kind) if kind.is_symlink() && depth < MAX_DEPTH && leads_to_version(&entry.path()) => {
+                    pending.push((path, depth + 1));
+                    continue;
+                }
                 Ok(kind) if kind.is_dir() => format!("not read: more than {MAX_DEPTH} directories deep"),
                 // Links to directories may lead round in circles.
                 Ok(kind) if kind.is_symlink() && entry.path().is_dir() => {
@@ -109,6 +114,12 @@ pub fn list(dir: &Path) -> io::Result<Listing> {
     }
     listing.files.sort();
     Ok(listing)
+}
+
+/// Is it a link to a directory below `..data`, which itself is hidden?
+fn leads_to_version(link: &Path) -> bool {
+    let below = |target: PathBuf| target.starts_with("..data") && target.components().count() > 1;
+    link.is_dir() && fs::read_link(link).is_ok_and(below)
 }
 
 fn is_manifest(path: &Path) -> bool {
@@ -164,8 +175,14 @@ mod tests {
         fs::create_dir_all(dir.path().join(&deep)).expect("made");
         fs::write(dir.path().join(&deep).join("policy.yaml"), "a").expect("written");
         std::os::unix::fs::symlink("d", dir.path().join("linked")).expect("linked");
-        let (files, _) = read(dir.path()).expect("the directory is there");
-        assert_eq!(files.keys().map(Path::new).collect::<Vec<_>>(), [&*deep, Path::new("linked")]);
+        fs::create_dir_all(dir.path().join("..data/sub")).expect("made");
+        fs::write(dir.path().join("..data/sub/mounted.yaml"), "a").expect("written");
+        std::os::unix::fs::symlink("..data/sub", dir.path().join("sub")).expect("linked");
+        std::os::unix::fs::symlink("..data", dir.path().join("all")).expect("linked");
+        let (mut files, _) = read(dir.path()).expect("the directory is there");
+        assert_eq!(files.remove("sub/mounted.yaml"), Some(Ok("a".to_owned())));
+        let told: Vec<&Path> = files.keys().map(Path::new).collect();
+        assert_eq!(told, [Path::new("all"), &*deep, Path::new("linked")]);
         assert!(files.values().all(|file| file.as_ref().is_err_and(|why| why.starts_with("not read: "))));
     }
 

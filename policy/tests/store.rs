@@ -133,7 +133,7 @@ fn every_line_break_counts() {
 /// A wrong API group does not make a policy something to ignore.
 #[test]
 fn a_policy_in_a_wrong_group_refuses_what_it_would_select() {
-    for group in ["policy/v1", "apps/v1", "example.org/v1"] {
+    for group in ["policy/v1", "apps/v1", "security.istio.io", "security.istio.org/v1"] {
         let mut store = store();
         let text = policy("deny", "{action: DENY, rules: [{}]}").replace("security.istio.io/v1", group);
         assert_eq!(store.apply("p.yaml", &text).len(), 1, "{group}");

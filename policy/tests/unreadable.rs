@@ -45,6 +45,10 @@ fn an_unreadable_namespace_is_not_an_absent_one() {
         DENY.replace("namespace: prod", "namespace: \"prod \""),
         DENY.replace("namespace: prod", "nameSpace: prod"),
         DENY.replace("namespace: prod", "namepace: prod"),
+        DENY.replace("namespace: prod", "namepsace: prod"),
+        DENY.replace("namespace: prod", "nmaespace: prod"),
+        DENY.replace("metadata: {name: d, namespace: prod}", "metadata:\n  name: d\nnamespace: prod"),
+        broken("metadata:\n  name: d\n  namepsace: prod\n"),
         DENY.replace("metadata", "metdata"),
         DENY.replace("apiVersion", "apiversion"),
         format!("- {}", DENY.trim_end().replace('\n', "\n  ")),
@@ -139,6 +143,10 @@ fn a_policy_in_a_text_that_cannot_be_told_apart_refuses_everything() {
         unnamed("CiliumUnheardOfPolicy"),
         unnamed("CiliumUnheardOfPolicy").replace("generateName", "name"),
         unnamed("X").replace("kind: X\n", ""),
+        "{\"kind\": \"AuthorizationPolicy\", \"spec\": {]}\n".to_owned(),
+        DENY.replace("security.istio.io/v1", "networking.k8s.io/v1")
+            .replace("AuthorizationPolicy", "Networkpolicy")
+            .replace(", namespace: prod", ", namespace: [prod]"),
     ] {
         let mut store = store();
         store.apply("p.yaml", &text);
@@ -149,6 +157,12 @@ fn a_policy_in_a_text_that_cannot_be_told_apart_refuses_everything() {
         "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: c}\ndata: {a: \"security.istio.io/v1\", b: [}\n",
         "  apiVersion: v1\n  kind: ServiceAccount\n  metadata: [\n",
         "security.istio.io: {enabled: true}\n",
+        "apiVersion: cilium.io/v2alpha1\nkind: CiliumLoadBalancerIPPool\nmetadata: {name: p}\nspec: {blocks: []}\n",
+        "apiVersion: keda.sh/v1alpha1\nkind: ClusterTriggerAuthentication\nmetadata: {name: p}\n",
+        "apiVersion: projectcalico.org/v3\nkind: NetworkPolicy\nmetadata: {name: p}\n",
+        "apiVersion: networking.k8s.io/v1\nkind: ServiceCIDR\nmetadata: {name: p}\nspec: {}\n",
+        "{\"apiVersion\": \"gateway.networking.k8s.io/v1\", \"kind\": \"HTTPRoute\", \"spec\": {]}\n",
+        "apiVersion: v1\nkind: List\nmetadata: {}\nsize: 1\nitems: []\n",
     ] {
         let mut store = store();
         store.apply("p.yaml", text);

@@ -85,12 +85,15 @@ impl Model {
     /// Kubernetes and Cilium know labels of every pod; weft, those of its mesh. Where that makes a rule allow more, it is told.
     fn check_outside(&self, rule: &NetworkRule, outside: &[Arc<Workload>]) -> Option<(&'static str, String)> {
         let (pod, why) = rule.peers.iter().find_map(|peer| {
-            let of_pod = |pod: &&Arc<Workload>| match (peer, rule.action) {
-                (PeerMatch::Pods(pods), RuleVerdict::Deny) => pods.selects(&self.namespaces, &pod.identity),
-                (PeerMatch::Cluster, RuleVerdict::Deny) | (PeerMatch::World, RuleVerdict::Allow) => true,
-                _ => false,
+            let pod = match (peer, rule.action) {
+                (PeerMatch::Pods(pods), RuleVerdict::Deny) => {
+                    outside.iter().find(|pod| pods.selects(&self.namespaces, &pod.identity))?
+                }
+                (PeerMatch::Cluster, RuleVerdict::Deny) | (PeerMatch::World, RuleVerdict::Allow) => {
+                    outside.first()?
+                }
+                _ => return None,
             };
-            let pod = outside.iter().find(of_pod)?;
             Some((pod, if rule.action == RuleVerdict::Deny { "does not hold for" } else { "holds for" }))
         })?;
         let (list, index) = (rule.list.name(), rule.index);

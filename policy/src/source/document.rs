@@ -85,7 +85,7 @@ fn list(node: &Node, path: &str, (version, kind): (&str, &str), origin: Origin, 
     parsed.report(path, &origin, &None, out);
     if refused {
         // What the author meant by the rest may be more of it.
-        let policy = holds_policy(node).then(Reach::default);
+        let policy = beside_items(node).any(holds_policy).then(Reach::default);
         let (object, addresses) = (None, Vec::new());
         parsed.broken(Broken { object, origin: origin.clone(), policy, labels: None, addresses });
     }
@@ -95,6 +95,13 @@ fn list(node: &Node, path: &str, (version, kind): (&str, &str), origin: Origin, 
         let origin = Origin { line: node.line, ..origin.clone() };
         read(node, &format!("{path}{dot}{item}"), of_list, origin, parsed);
     }
+}
+
+/// Everything in a list but items that are read.
+fn beside_items(node: &Node) -> impl Iterator<Item = &Node> {
+    let entries: &[_] = if let Value::Mapping(entries) = &node.value { entries } else { &[] };
+    let read = |(key, node): &&(String, Node)| key == "items" && matches!(node.value, Value::Sequence(_));
+    entries.iter().filter(move |entry| !read(entry)).map(|(_, node)| node)
 }
 
 /// Is there a policy in it, however deep? The parser bounds the depth.
@@ -122,6 +129,11 @@ fn namespace(node: &Node) -> Namespace<'_> {
     let Some(Value::Mapping(entries)) = node.get("metadata").map(|metadata| &metadata.value) else {
         return Namespace::Unreadable;
     };
+    if let Value::Mapping(top) = &node.value
+        && top.iter().any(|(key, _)| resembles_namespace(key))
+    {
+        return Namespace::Unreadable;
+    }
     match entries.iter().find(|(key, _)| key == "namespace").map(|(_, node)| &node.value) {
         Some(Value::Scalar { text, .. }) if is_name(text) => Namespace::Given(text),
         Some(Value::Scalar { text, .. }) if text.is_empty() => Namespace::Absent,
@@ -143,6 +155,11 @@ fn nameless(node: &Node, origin: &Origin, out: &mut Findings) {
             "name" | "namespace" if at.node.value != Value::Null => plain_name(&at, out),
             key if misspelt(key) => out.error(&at, "no such field; is \"namespace\" meant?"),
             _ => {}
+        }
+    }
+    for (key, at) in At::new(node, "").entries(&mut quiet) {
+        if resembles_namespace(key) {
+            out.error(&at, "no such field; `namespace` stands in `metadata`");
         }
     }
     if !out.refused() {

@@ -99,7 +99,8 @@ pub(super) fn treatment(version: &str, kind: &str) -> Treatment {
         _ if is_policy(&format!("{group}/"), kind) => Treatment::Unknown(format!(
             "{kind} is not enforceable yet; what it selects is refused, so remove it"
         )),
-        _ if IGNORED_GROUPS.contains(&group) && !restricts(kind) => Treatment::Ignored,
+        ("cilium.io" | "networking.k8s.io", _) => Treatment::Ignored,
+        _ if IGNORED_GROUPS.contains(&group) => Treatment::Ignored,
         _ => Treatment::Unknown(format!("no kind {kind:?} is known in apiVersion \"{group}/{version}\"")),
     }
 }
@@ -108,17 +109,47 @@ pub(super) fn treatment(version: &str, kind: &str) -> Treatment {
 pub(super) fn is_policy(version: &str, kind: &str) -> bool {
     let group = version.split_once('/').map_or("", |(group, _)| group);
     match group {
-        "security.istio.io" | "cilium.io" | "policy.networking.k8s.io" => true,
-        "networking.k8s.io" => kind.is_empty() || kind == "NetworkPolicy",
+        "security.istio.io" | "policy.networking.k8s.io" => true,
+        "cilium.io" => !OTHERS_OF_CILIUM.contains(&kind),
+        "networking.k8s.io" => !["Ingress", "IngressClass", "IPAddress", "ServiceCIDR"].contains(&kind),
         "" if version.is_empty() => kind.ends_with("Policy") || kind.ends_with("Authentication"),
-        _ => restricts(kind),
+        // A slip in `apiVersion` must not make a policy go away. Other makers have kinds of the same names, which are unknown here.
+        _ => {
+            let near = |part: &&str| group.contains(*part);
+            (group.is_empty()
+                || IGNORED_GROUPS.contains(&group)
+                || ["istio", "cilium", "k8s.io"].iter().any(near))
+                && POLICIES.iter().any(|name| kind.ends_with(name))
+        }
     }
 }
 
-/// Is this the name of a policy, in whatever group? A wrong `apiVersion` must not make one go away.
-fn restricts(kind: &str) -> bool {
-    ["NetworkPolicy", "AuthorizationPolicy", "Authentication"].iter().any(|name| kind.ends_with(name))
-}
+/// How the kinds that restrict traffic end.
+const POLICIES: &[&str] =
+    &["NetworkPolicy", "AuthorizationPolicy", "PeerAuthentication", "RequestAuthentication"];
+
+/// Kinds of Cilium's group that restrict no traffic.
+const OTHERS_OF_CILIUM: &[&str] = &[
+    "CiliumBGPAdvertisement",
+    "CiliumBGPClusterConfig",
+    "CiliumBGPNodeConfig",
+    "CiliumBGPNodeConfigOverride",
+    "CiliumBGPPeerConfig",
+    "CiliumBGPPeeringPolicy",
+    "CiliumCIDRGroup",
+    "CiliumEgressGatewayPolicy",
+    "CiliumEndpoint",
+    "CiliumEndpointSlice",
+    "CiliumExternalWorkload",
+    "CiliumGatewayClassConfig",
+    "CiliumIdentity",
+    "CiliumL2AnnouncementPolicy",
+    "CiliumLoadBalancerIPPool",
+    "CiliumLocalRedirectPolicy",
+    "CiliumNode",
+    "CiliumNodeConfig",
+    "CiliumPodIPPool",
+];
 
 pub(super) fn has_namespace(kind: &str) -> bool {
     const CLUSTER: &[&str] = &[
@@ -155,10 +186,17 @@ pub(super) fn is_never_clusterwide(version: &str, kind: &str) -> bool {
     matches!(group, "security.istio.io" | "networking.k8s.io") || SPACED.contains(&kind)
 }
 
-/// Does a text that cannot be read speak of a group that [`is_policy`] knows?
+/// Does a text that cannot be read speak of what [`is_policy`] knows?
 pub(super) fn mentions_policy(text: &str) -> bool {
-    // `policy.networking.k8s.io` ends in the last.
-    ["security.istio.io", "cilium.io", "networking.k8s.io"].iter().any(|group| text.contains(group))
+    // `policy.networking.k8s.io` ends in the last, as does the group of Gateway API.
+    let groups = ["security.istio.io/v", "cilium.io/v", "networking.k8s.io/v"];
+    let mut found = groups.iter().flat_map(|group| text.match_indices(group));
+    found.any(|(at, _)| !text[..at].ends_with("gateway.")) || POLICIES.iter().any(|kind| text.contains(kind))
+}
+
+/// Does a text that cannot be read speak of a namespace as an object?
+pub(super) fn mentions_namespace(text: &str) -> bool {
+    ["kind: Namespace", "\"Namespace\""].iter().any(|kind| text.contains(kind))
 }
 
 /// Do policies select by what an object of this kind says of a namespace?

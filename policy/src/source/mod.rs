@@ -225,6 +225,14 @@ fn is_name(text: &str) -> bool {
 
 /// May this have been meant to say `namespace`?
 fn resembles_namespace(text: &str) -> bool {
+    const WORD: &str = "namespace";
     let text = text.to_ascii_lowercase();
+    // A word that begins so and has most of its letters, in whatever order.
+    let slip = |word: &str| {
+        let mut left: Vec<char> = word.chars().collect();
+        let common = |letter: char| left.iter().position(|own| *own == letter).map(|at| left.swap_remove(at));
+        word.starts_with('n') && word.len() <= WORD.len() + 2 && WORD.chars().filter_map(common).count() >= 7
+    };
     ["names", "pace"].iter().any(|part| text.contains(part))
+        || text.split(|own: char| !own.is_ascii_alphanumeric()).any(slip)
 }

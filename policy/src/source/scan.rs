@@ -31,8 +31,13 @@ pub(super) fn scan(text: &str, origin: Origin) -> Broken {
         let unknown = version.is_none() || kind.is_none();
         (unknown && kind::mentions_policy(text)).then(Reach::default)
     };
-    let labels =
-        kind::gives_labels(group, of).then(|| Reach { namespace: name.map(Into::into), ..Reach::default() });
+    let labels = match kind {
+        Some(of) => {
+            let namespace = name.map(Into::into);
+            kind::gives_labels(group, of).then(|| Reach { namespace, ..Reach::default() })
+        }
+        None => kind::mentions_namespace(text).then(Reach::default),
+    };
     Broken { object, origin, policy, labels, addresses: Vec::new() }
 }
 

@@ -280,7 +280,7 @@ fn condition(meta: &Meta, at: &At<'_>, out: &mut Findings) -> Alternative {
         out.error(
             at,
             format!(
-                "no request has a header {name:?}; of those with a colon there are {}",
+                "the header {name:?} is not known; of those with a colon, use {}",
                 REQUEST_LINE.join(", ")
             ),
         );

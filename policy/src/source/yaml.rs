@@ -10,7 +10,7 @@ use std::collections::{HashMap, HashSet};
 /// Deepest nesting of one document.
 pub const MAX_DEPTH: usize = 64;
 /// Most nodes of one document, aliases expanded.
-pub const MAX_NODES: usize = 200_000;
+pub const MAX_NODES: usize = 1_000_000;
 
 /// A value and its line in the file, from 1.
 #[derive(Clone, Debug, PartialEq)]

@@ -25,10 +25,10 @@ pub fn on_host() -> bool {
     std::env::var_os("WEFT_VM").is_none()
 }
 
-/// How many of something that is repeated: all on the host's kernel, a twentieth on an emulated machine, where each takes up to
+/// How many of something that is repeated: all on the host's kernel, a fiftieth on an emulated machine, where each takes up to
 /// a hundred times as long.
 pub fn repeats(count: u64) -> u64 {
-    if on_host() { count } else { count.div_ceil(20) }
+    if on_host() { count } else { count.div_ceil(50) }
 }
 
 /// `major.minor` of the running kernel.

@@ -20,10 +20,8 @@ use vm_tests::verifier::Cost;
 
 /// `BPF_PROG_LOAD` of `enum bpf_cmd`.
 const PROG_LOAD: u32 = 5;
-/// The sums alone (`BPF_LOG_STATS`; kernel: include/linux/bpf_verifier.h).
-const SUMS: u32 = 4;
-/// Every step of every path (`BPF_LOG_LEVEL2`).
-const STEPS: u32 = 2;
+/// Every step of every path, and the sums (`BPF_LOG_LEVEL2 | BPF_LOG_STATS`; kernel: include/linux/bpf_verifier.h).
+const LOG_LEVEL: u32 = 2 | 4;
 /// The longest takes a quarter of it. Kernels write up to `UINT_MAX >> 2` since 5.2 (kernel/bpf/verifier.c).
 const LOG_SIZE: usize = 128 << 20;
 
@@ -69,12 +67,9 @@ pub(crate) fn of_programs(object: &[u8], loaded: &Ebpf) -> BTreeMap<String, Cost
             ..ProgLoad::default()
         };
         // SAFETY: what it points to is part of `object`.
-        let sums = unsafe { verified(attr, SUMS, &mut log) }.unwrap_or_else(|e| panic!("{name}: {e}"));
-        let count =
-            sums.lines().find_map(|line| line.strip_prefix("processed ")?.split(' ').next()?.parse().ok());
-        let instructions = count.unwrap_or_else(|| panic!("{name}: no count in {sums:?}"));
-        // SAFETY: as above.
-        let steps = unsafe { verified(attr, STEPS, &mut log) }.unwrap_or_else(|e| panic!("{name}: {e}"));
+        let steps = unsafe { verified(attr, &mut log) }.unwrap_or_else(|e| panic!("{name}: {e}"));
+        let count = |line: &str| line.strip_prefix("processed ")?.split(' ').next()?.parse().ok();
+        let instructions = steps.lines().rev().find_map(count).expect("the kernel tells the sums");
         costs.insert(name.clone(), Cost { instructions, log: steps.len() as u32 });
     }
     costs
@@ -84,10 +79,10 @@ pub(crate) fn of_programs(object: &[u8], loaded: &Ebpf) -> BTreeMap<String, Cost
 ///
 /// # Safety
 /// Instructions and licence in `attr` are alive.
-unsafe fn verified(attr: ProgLoad, level: u32, log: &mut [u8]) -> io::Result<&str> {
+unsafe fn verified(attr: ProgLoad, log: &mut [u8]) -> io::Result<&str> {
     log[0] = 0;
     let (log_size, log_buf) = (log.len() as u32, log.as_mut_ptr() as u64);
-    let mut attr = ProgLoad { log_level: level, log_size, log_buf, ..attr };
+    let mut attr = ProgLoad { log_level: LOG_LEVEL, log_size, log_buf, ..attr };
     // SAFETY: the attribute has the kernel's layout, the log is ours alone, and the caller vouches for the rest.
     let fd = unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw mut attr, size_of::<ProgLoad>()) };
     if fd < 0 {

@@ -138,11 +138,7 @@ fn kept() -> PathBuf {
 
 #[test]
 fn the_evaluator_and_the_kernels_decision_agree() {
-    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
-        cases: CASES,
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    });
+    let mut runner = worlds::runner(CASES);
     let (flows, refused, policies) =
         (std::cell::Cell::new(0), std::cell::Cell::new(0), std::cell::Cell::new(0));
     let result = runner.run(&world(), |(objects, default_deny)| {
@@ -181,11 +177,7 @@ fn rows(tables: &Tables, subject: u32) -> Vec<(PolicyKey, u32, Option<&RuleRef>)
 /// A policy more changes the rows of those whom it selects, and moves no number of a rule.
 #[test]
 fn an_unrelated_policy_changes_nothing() {
-    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
-        cases: 400,
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    });
+    let mut runner = worlds::runner(400);
     let (alike, tried) = (std::cell::Cell::new(0), std::cell::Cell::new(0));
     let result = runner.run(&(world(), network_policy()), |((objects, default_deny), policy)| {
         let mut more = objects.clone();

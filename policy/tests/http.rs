@@ -115,11 +115,7 @@ fn agree(objects: &[String], default_deny: bool, tried: &Tried) -> Result<(), Te
 
 #[test]
 fn the_evaluator_and_the_http_rules_agree() {
-    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
-        cases: 1_000,
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    });
+    let mut runner = worlds::runner(1_000);
     let tried = Tried { answers: Cell::new(0), asked: Cell::new(0) };
     let policies = (
         prop::collection::vec(worlds::http_policy(), 1..4),

@@ -108,11 +108,7 @@ fn follow(steps: &[Step], settings: Settings) -> Result<(u64, u64), TestCaseErro
 
 #[test]
 fn following_changes_is_as_good_as_beginning_from_nothing() {
-    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
-        cases: 1_500,
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    });
+    let mut runner = worlds::runner(1_500);
     let (updates, restarts) = (Cell::new(0), Cell::new(0));
     let world = (prop::collection::vec(step(), 1..60), prop::bool::weighted(0.3));
     let result = runner.run(&world, |(steps, default_deny)| {

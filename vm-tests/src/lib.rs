@@ -10,6 +10,7 @@ pub mod agent;
 pub mod capture;
 pub mod cgroup;
 pub mod leftovers;
+pub mod machine;
 pub mod manifests;
 pub mod mesh;
 pub mod netns;
@@ -20,8 +21,8 @@ pub mod verifier;
 
 pub use agent::{Agent, Ca};
 pub use capture::Capture;
+pub use machine::{on_host, repeats};
 pub use manifests::Manifests;
 pub use mesh::Mesh;
 pub use node::{Node, Pod};
 pub use process::{Place, Process};
-pub use skip::{on_host, repeats};

@@ -3,6 +3,8 @@
 use std::fs::OpenOptions;
 use std::io::Write;
 
+use crate::machine::kernel;
+
 /// Lines of `kernel test reason`; kernel is `major.minor`.
 const ALLOWED: &str = include_str!("../skips.txt");
 
@@ -18,23 +20,6 @@ pub fn skip(test: &str, reason: &str) {
             OpenOptions::new().create(true).append(true).open(path).expect("open the file of WEFT_SKIPS");
         writeln!(file, "{line}").expect("write the file of WEFT_SKIPS");
     }
-}
-
-/// Is this the host's kernel, on which times mean something? An emulated machine shows outcomes only.
-pub fn on_host() -> bool {
-    std::env::var_os("WEFT_VM").is_none()
-}
-
-/// How many of something that is repeated: all on the host's kernel, a fiftieth on an emulated machine, where each takes up to
-/// a hundred times as long.
-pub fn repeats(count: u64) -> u64 {
-    if on_host() { count } else { count.div_ceil(50) }
-}
-
-/// `major.minor` of the running kernel.
-pub fn kernel() -> String {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("a kernel has a release");
-    release.trim().split('.').take(2).collect::<Vec<_>>().join(".")
 }
 
 fn allowed(kernel: &str, test: &str) -> bool {

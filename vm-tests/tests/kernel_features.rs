@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 use vm_tests::mesh::{dial, worked};
-use vm_tests::{Mesh, Process, skip};
+use vm_tests::{Mesh, Process, machine};
 
 /// First kernel that has it, in order of `weft status`, as (major, minor).
 const SINCE: [(u32, u32); 4] = [(6, 6), (6, 1), (5, 15), (5, 14)];
@@ -19,7 +19,7 @@ fn status_names_what_is_used_in_place_of_what_is_missing() {
     let status: Value = serde_json::from_slice(&output.stdout).expect("`weft status -o json` prints JSON");
     let features = status["features"].as_array().expect("features");
     assert_eq!(features.len(), SINCE.len(), "{status}");
-    let kernel = skip::kernel();
+    let kernel = machine::kernel();
     let mut numbers = kernel.split('.').map(|number| number.parse::<u32>().expect("a kernel's number"));
     let kernel = (numbers.next().expect("major"), numbers.next().expect("minor"));
     // Debian's kernels are as their numbers say; the agent itself never looks at them.

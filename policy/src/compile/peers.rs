@@ -39,7 +39,7 @@ struct Known {
 /// Peers with one verdict, named by one of them.
 pub(super) struct Group<'a> {
     pub(super) peer: Peer<'a>,
-    pub(super) numbers: Members,
+    pub(super) members: Members,
 }
 
 /// The identity numbers of a group.
@@ -172,15 +172,15 @@ impl Peers {
     }
 
     /// How many numbers a group has.
-    pub(super) fn size(&self, numbers: &Members) -> usize {
-        match numbers {
+    pub(super) fn size(&self, members: &Members) -> usize {
+        match members {
             Members::These(numbers) => numbers.len(),
             Members::AllBut(except) => self.all.len() - except.len(),
         }
     }
 
-    pub(super) fn numbers<'n>(&'n self, numbers: &'n Members) -> Box<dyn Iterator<Item = u32> + 'n> {
-        match numbers {
+    pub(super) fn numbers<'n>(&'n self, members: &'n Members) -> Box<dyn Iterator<Item = u32> + 'n> {
+        match members {
             Members::These(numbers) => Box::new(numbers.iter().copied()),
             Members::AllBut(except) => {
                 Box::new(self.all.keys().copied().filter(|number| !except.contains(number)))
@@ -192,8 +192,8 @@ impl Peers {
     /// none, if there are any.
     pub(super) fn groups(&self, traits: &BTreeSet<u32>) -> Vec<Group<'_>> {
         let mut groups = vec![
-            Group { peer: Peer::Anonymous, numbers: Members::These(vec![ANONYMOUS]) },
-            Group { peer: Peer::Node, numbers: Members::These(vec![NODE]) },
+            Group { peer: Peer::Anonymous, members: Members::These(vec![ANONYMOUS]) },
+            Group { peer: Peer::Node, members: Members::These(vec![NODE]) },
         ];
         let mut traits_of: BTreeMap<u32, Vec<(u32, &Kind)>> = BTreeMap::new();
         for known in traits.iter().filter_map(|id| Some((*id, self.known.get(id)?))) {
@@ -211,10 +211,10 @@ impl Peers {
         alike.sort_unstable();
         for numbers in alike {
             let peer = Peer::Workload(&self.all[&numbers[0]]);
-            groups.push(Group { peer, numbers: Members::These(numbers) });
+            groups.push(Group { peer, members: Members::These(numbers) });
         }
         if let Some((_, first)) = self.all.iter().find(|(number, _)| !special.contains(number)) {
-            groups.push(Group { peer: Peer::Workload(first), numbers: Members::AllBut(special) });
+            groups.push(Group { peer: Peer::Workload(first), members: Members::AllBut(special) });
         }
         groups
     }

@@ -59,11 +59,11 @@ pub(super) fn rows(
     };
     let mut list = Vec::new();
     let base: Vec<Arc<Row>> = groups.iter().map(|group| row(group, None)).collect();
-    let rest = groups.iter().position(|group| matches!(group.numbers, Members::AllBut(_)));
+    let rest = groups.iter().position(|group| matches!(group.members, Members::AllBut(_)));
     let (any, mut lead) = heaviest(groups.iter().zip(&base), peers);
     let mut rest_follows = rest.is_some_and(|rest| base[rest] == any);
     for (group, row) in groups.iter().zip(&base).filter(|(_, row)| **row != any) {
-        list.extend(peers.numbers(&group.numbers).map(|number| (number, 0, row.clone())));
+        list.extend(peers.numbers(&group.members).map(|number| (number, 0, row.clone())));
     }
     list.push((ANY, 0, any.clone()));
     for (cidr, class) in classes.inside(&ranges) {
@@ -80,12 +80,12 @@ pub(super) fn rows(
         for (at, group) in groups.iter().enumerate() {
             let fallback = if follows(&at) { &any_here } else { &base[at] };
             if inside[at] != *fallback {
-                list.extend(peers.numbers(&group.numbers).map(|number| (number, class, inside[at].clone())));
+                list.extend(peers.numbers(&group.members).map(|number| (number, class, inside[at].clone())));
             }
         }
     }
     // Whoever has no trait that is asked for comes and goes with the row of any peer, while that keeps its lead.
-    let rest = rest.map_or(0, |rest| peers.size(&groups[rest].numbers));
+    let rest = rest.map_or(0, |rest| peers.size(&groups[rest].members));
     let spare = lead.min(rest);
     let enough = (rest_follows && spare > 0).then(|| peers.all.len() - (spare - 1));
     Rows { flags, list, enough }
@@ -99,7 +99,7 @@ fn heaviest<'g, 'a: 'g>(
 ) -> (Arc<Row>, usize) {
     let mut weight: BTreeMap<&Row, usize> = BTreeMap::new();
     for (group, row) in rows.clone() {
-        *weight.entry(row).or_default() += peers.size(&group.numbers);
+        *weight.entry(row).or_default() += peers.size(&group.members);
     }
     let most = weight.values().max().copied().unwrap_or(0);
     let mut rows = rows.map(|(_, row)| row);

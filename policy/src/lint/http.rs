@@ -4,6 +4,7 @@
 use super::warn;
 use crate::error::{ObjectRef, Problem};
 use crate::model::layer::{NetworkRule, Ports};
+use crate::model::selector::carries;
 use crate::model::{Direction, Identity, Model};
 use crate::request::RequestTest;
 use crate::source::core::{Pod, Service, ServicePort, TCP, TargetPort};
@@ -132,8 +133,7 @@ impl World<'_> {
         let services = self.services.get(&*meta.object.namespace).into_iter().flatten();
         let mut served = Vec::new();
         for (service, spec) in services {
-            let selects = !spec.selector.is_empty()
-                && spec.selector.iter().all(|(key, value)| meta.labels.get(key) == Some(value));
+            let selects = !spec.selector.is_empty() && carries(&meta.labels, &spec.selector);
             for port in spec.ports.iter().filter(|port| selects && port.protocol == TCP) {
                 let target = match &port.target {
                     TargetPort::Number(number) => Some(*number),

@@ -1,5 +1,6 @@
 //! From objects to the model: references, duplicates, contested addresses, backends.
 
+use super::selector::carries;
 use super::{Identity, Model, Named, Pods, Service, ServicePort, Settings, SpiffeId, Workload};
 use crate::error::{ObjectRef, Origin, Problem, Severity};
 use crate::source::core::{self, Balance, TargetPort};
@@ -191,10 +192,7 @@ impl Model {
             }
             if slices.is_none() && !service.selector.is_empty() {
                 for pod in self.workloads_in(key.0).iter().filter(|pod| pod.ready) {
-                    let selected = service
-                        .selector
-                        .iter()
-                        .all(|(key, value)| pod.identity.labels.get(key) == Some(value));
+                    let selected = carries(&pod.identity.labels, &service.selector);
                     if let Some(number) = target(port, pod).filter(|_| selected) {
                         backends.extend(pod.addresses.iter().map(|addr| (*addr, number)));
                     }

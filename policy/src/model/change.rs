@@ -5,6 +5,7 @@
 //! resolved from nothing: rare, and too much hangs on it.
 
 use super::build::{age, named};
+use super::selector::carries;
 use super::{Identity, Model, Named, NetworkPolicy, Pods, Service, Workload};
 use crate::error::ObjectRef;
 use crate::source::{AuthorizationPolicy, Object, Selector, Spec};
@@ -84,10 +85,7 @@ impl Model {
             let pods: Vec<_> = versions.iter().flatten().collect();
             for object in pods.iter().take(1).flat_map(|pod| store.of_kind("Service", &pod.namespace)) {
                 let Spec::Service(service) = &object.spec else { return None };
-                let selects = |pod: &&Arc<Workload>| {
-                    let labels = &pod.identity.labels;
-                    service.selector.iter().all(|(key, value)| labels.get(key) == Some(value))
-                };
+                let selects = |pod: &&Arc<Workload>| carries(&pod.identity.labels, &service.selector);
                 if !service.selector.is_empty() && pods.iter().copied().any(|pod| selects(&pod)) {
                     services.insert((object.meta.object.namespace.clone(), object.meta.object.name.clone()));
                 }

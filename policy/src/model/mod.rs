@@ -16,6 +16,7 @@ pub use cidr::Cidr;
 pub use identity::{Identity, SpiffeId};
 pub use layer::{Direction, Namespaces, NetworkPolicy, Peer};
 pub use selector::LabelSelector;
+use selector::carries;
 
 use crate::error::{ObjectRef, Origin, Problem};
 use crate::source::core::{Balance, ContainerPort};
@@ -324,7 +325,7 @@ impl Model {
                 *namespace == self.settings.root_namespace || *namespace == destination.spiffe.namespace
             }
         };
-        in_reach && selector.iter().all(|(key, value)| destination.labels.get(key) == Some(value))
+        in_reach && carries(&destination.labels, selector)
     }
 
     /// The mTLS modes of a destination: mesh, then namespace, then workload; the oldest of each; UNSET inherits

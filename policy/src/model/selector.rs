@@ -30,6 +30,11 @@ pub enum Operator {
     DoesNotExist,
 }
 
+/// Do these labels hold all that are wanted?
+pub(crate) fn carries(labels: &BTreeMap<String, String>, wanted: &BTreeMap<String, String>) -> bool {
+    wanted.iter().all(|(key, value)| labels.get(key) == Some(value))
+}
+
 impl LabelSelector {
     /// Selects what carries this one label.
     pub fn equal(key: &str, value: &str) -> LabelSelector {

@@ -2,8 +2,14 @@
 #![allow(dead_code, reason = "each test needs a part")]
 
 use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
 use std::fmt::Write;
 use weft_policy::{Model, ObjectStore, Settings};
+
+/// Tries so many cases, with another seed each time. What it finds stays where the test keeps it, if it does.
+pub(crate) fn runner(cases: u32) -> TestRunner {
+    TestRunner::new(ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() })
+}
 
 const CIDRS: &[&str] = &[
     "0.0.0.0/0",

@@ -4,7 +4,7 @@ mod cost;
 
 use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfLoader};
-use vm_tests::skip;
+use vm_tests::machine;
 use vm_tests::verifier;
 use weft_datapath::names::config;
 
@@ -47,12 +47,12 @@ fn load(object: &str, only: Option<&str>, features: u32) -> Result<Ebpf, String>
 /// Program, hook and the verifier's last lines.
 fn refusal(name: &str, hook: &str, error: &ProgramError) -> String {
     let ProgramError::LoadError { io_error, verifier_log } = error else {
-        return format!("kernel {} refuses {name} ({hook}): {error}", skip::kernel());
+        return format!("kernel {} refuses {name} ({hook}): {error}", machine::kernel());
     };
     let log = verifier_log.to_string();
     let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
     let last = lines[lines.len().saturating_sub(LAST)..].join("\n    ");
-    format!("kernel {} refuses {name} ({hook}): {io_error}\n    {last}", skip::kernel())
+    format!("kernel {} refuses {name} ({hook}): {io_error}\n    {last}", machine::kernel())
 }
 
 #[test]
@@ -75,15 +75,15 @@ fn every_program_passes_the_verifier() {
     }
     // What follows the first word can go into verifier.txt as it is.
     println!(); // The harness has begun a line.
-    costs.iter().for_each(|(name, cost)| println!("verified {} {name} {cost}", skip::kernel()));
-    let grown = verifier::growth(&skip::kernel(), &costs);
+    costs.iter().for_each(|(name, cost)| println!("verified {} {name} {cost}", machine::kernel()));
+    let grown = verifier::growth(&machine::kernel(), &costs);
     assert!(grown.is_empty(), "{}", grown.join("\n"));
 }
 
 #[test]
 fn a_missing_bounds_check_is_refused_and_named() {
     let refused = load(BROKEN, Some("broken_bounds"), 0).expect_err("it reads behind the end of a frame");
-    let kernel = format!("kernel {}", skip::kernel());
+    let kernel = format!("kernel {}", machine::kernel());
     for word in [&kernel, "broken_bounds", "SchedClassifier", "invalid access to packet"] {
         assert!(refused.contains(word), "no {word} in: {refused}");
     }
@@ -92,7 +92,7 @@ fn a_missing_bounds_check_is_refused_and_named() {
 #[test]
 fn a_helper_that_a_kernel_lacks_is_named() {
     let result = load(BROKEN, Some("broken_helper"), 0);
-    if skip::kernel() == "5.10" {
+    if machine::kernel() == "5.10" {
         let refused = result.expect_err("5.10 has no netns cookies in sock_ops programs");
         for word in ["kernel 5.10", "broken_helper", "SockOps", "bpf_get_netns_cookie"] {
             assert!(refused.contains(word), "no {word} in: {refused}");

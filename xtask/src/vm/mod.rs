@@ -96,7 +96,7 @@ fn results(choice: &str, filter: Option<&str>, scenarios: &[PathBuf]) -> Result<
     let work = tree::target().join("vm");
     let own = work.join(std::process::id().to_string());
     fs::create_dir_all(&own).with_context(|| format!("cannot make {}", own.display()))?;
-    let result = Bench { work: &work, own: &own, filter }.all(&kernels, scenarios);
+    let result = Matrix { work: &work, own: &own, filter }.run(&kernels, scenarios);
     let _ = fs::remove_dir_all(&own);
     let results = result?;
     println!("\n{}", table(&results));
@@ -106,14 +106,14 @@ fn results(choice: &str, filter: Option<&str>, scenarios: &[PathBuf]) -> Result<
 /// Kernel series, Debian's version, and how it did.
 type Tested = (String, String, Verdict);
 
-struct Bench<'a> {
+struct Matrix<'a> {
     work: &'a Path,
     own: &'a Path,
     filter: Option<&'a str>,
 }
 
-impl Bench<'_> {
-    fn all(&self, kernels: &[Kernel], scenarios: &[PathBuf]) -> Result<Vec<Tested>> {
+impl Matrix<'_> {
+    fn run(&self, kernels: &[Kernel], scenarios: &[PathBuf]) -> Result<Vec<Tested>> {
         let programs = Programs::read(scenarios, self.own)?;
         // One after the other: they share the cache and apt.
         let ready: Vec<Result<(Unpacked, PathBuf)>> =
